@@ -1,0 +1,93 @@
+"""The port to one upstream session: bytes in, bytes out.
+
+A link speaks for one client session to one upstream session. Its faces are those of streamable HTTP (POST one message,
+GET the server's stream, DELETE the session), because that is what clients of the gateway speak; the stdio link
+translates. Bodies and event streams cross as the bytes they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .jsonrpc import Message
+
+Headers = list[tuple[bytes, bytes]]
+"""Header names in lower case and values, as in ASGI."""
+
+Fence = Callable[[], None]
+"""Called in the same turn of the loop in which an upstream write starts; raises `Fenced` when none may start."""
+
+
+def unfenced() -> None:
+    """The fence of a pool that shares its sessions with nobody."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """An upstream's answer. `chunks` is to be iterated to its end or closed; either releases the connection.
+
+    Iterating raises `UpstreamLost` when the answer broke off and `CallTimeout` when the upstream stayed silent.
+    """
+
+    status: int
+    headers: Headers
+    chunks: AsyncGenerator[bytes, None]
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header (`name` in lower case), or None."""
+        return next((value for key, value in self.headers if key == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRecord:
+    """What another worker needs to continue the same upstream session: sealed before it is stored."""
+
+    session_id: str
+    protocol_version: str | None = None
+    cookies: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class Link(Protocol):
+    """One upstream session. Every method may be called concurrently; one slow call delays no other."""
+
+    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
+        """Send one client message (`body` is its bytes, `message` its parsed head).
+
+        Raises `Fenced` or `SessionClosed` (nothing was sent), `OpenFailed` (no connection, nothing was sent),
+        `UpstreamLost` or `CallTimeout` (it may have run).
+        """
+        ...
+
+    async def get(self, headers: Headers) -> Reply:
+        """Open the stream of server messages that belong to no request (an SSE body)."""
+        ...
+
+    async def delete(self, headers: Headers) -> Reply:
+        """End the upstream session as the client asked to."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """True as soon as the session is known to be gone: its process ended, or the upstream answered 404."""
+        ...
+
+    @property
+    def resume(self) -> ResumeRecord | None:
+        """What a new owner needs to continue this session; None while unknown, and for pinned sessions always."""
+        ...
+
+    async def wait_closed(self) -> None:
+        """Return once `is_closed` is true."""
+        ...
+
+    async def aclose(self) -> None:
+        """Free connections and processes. Bounded in time; calls in flight end with `UpstreamLost`."""
+        ...
+
+
+def pick(headers: Headers, names: Iterable[bytes]) -> Headers:
+    """The headers whose (lower case) name is among `names`, in order."""
+    wanted = frozenset(names)
+    return [(key, value) for key, value in headers if key in wanted]
