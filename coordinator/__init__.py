@@ -1,0 +1,31 @@
+"""Who owns what, and how workers reach each other: leases, directory, channels, mailboxes. Knows no MCP and no HTTP."""
+
+from .client import RedisClients
+from .directory import Claimed, Directory, Registration, SessionRecord
+from .errors import CoordinatorError, LeaseLost, SealError, Unavailable
+from .keys import Keys, session_key
+from .member import Listener, Member, PeerInfo, list_peers
+from .outbox import Outbox, Refusal, Ticket
+from .sealing import Keyring
+
+__all__ = [
+    "Claimed",
+    "CoordinatorError",
+    "Directory",
+    "Keyring",
+    "Keys",
+    "LeaseLost",
+    "Listener",
+    "Member",
+    "Outbox",
+    "PeerInfo",
+    "RedisClients",
+    "Refusal",
+    "Registration",
+    "SealError",
+    "SessionRecord",
+    "Ticket",
+    "Unavailable",
+    "list_peers",
+    "session_key",
+]

@@ -1,0 +1,147 @@
+"""The directory: which worker owns which session, under which epoch.
+
+A record is claimed when the session opens, taken over when its owner's lease has ended, and deleted when the session ends.
+Each change names the registration it replaces (owner and epoch), so that of any number of concurrent claims one wins, and
+each makes the epoch larger. A lost answer is no riddle: the record says whether the change happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+
+from . import scripts
+from .client import translated
+from .keys import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Who owns a session, and since which epoch. Two registrations are the same if both are."""
+
+    owner: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """All that Redis knows of a session. `resume` is sealed; None means that the session cannot move."""
+
+    key: str
+    registration: Registration
+    upstream: str
+    principal: str
+    created_ms: int
+    resume: bytes | None
+    ttl_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The result of a claim or takeover: the registration that stands now, and whether it is the caller's."""
+
+    won: bool
+    registration: Registration | None
+
+
+class Directory:
+    """Session records in Redis. Every method raises `Unavailable` when Redis does not answer."""
+
+    def __init__(self, client: Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+
+    async def claim(self, record: SessionRecord, ttl_ms: int) -> Claimed:
+        """Register a session that is not registered; `record.registration.epoch` is the least epoch to get."""
+        fields: dict[str, str | bytes | int] = {
+            "upstream": record.upstream,
+            "principal": record.principal,
+            "created_ms": record.created_ms,
+        }
+        if record.resume is not None:
+            fields["resume"] = record.resume
+        flat = [item for pair in fields.items() for item in pair]
+        owner, epoch = record.registration.owner, record.registration.epoch
+        async with translated("claim"):
+            answer = await scripts.SESSION_CLAIM.run(
+                self._client, [self._keys.session(record.key)], [owner, epoch, ttl_ms, *flat]
+            )
+        return _claimed(answer, owner)
+
+    async def take_over(self, key: str, seen: Registration, owner: str, ttl_ms: int) -> Claimed:
+        """Replace the registration `seen` by `owner`'s."""
+        async with translated("takeover"):
+            answer = await scripts.SESSION_TAKEOVER.run(
+                self._client, [self._keys.session(key)], [seen.owner, seen.epoch, owner, ttl_ms]
+            )
+        return _claimed(answer, owner)
+
+    async def release(self, key: str, held: Registration) -> bool:
+        """Delete the registration if it is still `held`."""
+        async with translated("release"):
+            answer = await scripts.SESSION_RELEASE.run(
+                self._client, [self._keys.session(key)], [held.owner, held.epoch]
+            )
+        return answer == 1
+
+    async def refresh(self, held: Iterable[tuple[str, Registration, int]]) -> list[str]:
+        """Extend the lifetime of many sessions in one round trip: (key, registration, ttl_ms) each.
+
+        Returns the keys whose registration is gone or another's.
+        """
+        batch = list(held)
+        if not batch:
+            return []
+        async with translated("refresh"):
+            await self._client.script_load(scripts.SESSION_REFRESH.source)  # pyright: ignore[reportUnknownMemberType]
+            pipeline = self._client.pipeline(transaction=False)
+            for key, registration, ttl_ms in batch:
+                command = scripts.SESSION_REFRESH.command(
+                    [self._keys.session(key)], [registration.owner, registration.epoch, ttl_ms]
+                )
+                pipeline.execute_command(*command)
+            answers = await pipeline.execute()
+        return [key for (key, _, _), answer in zip(batch, answers, strict=True) if answer != 1]
+
+    async def look_up(self, key: str) -> SessionRecord | None:
+        """The record of a session, or None. None is no proof at once: see `Member.absence_counts`."""
+        async with translated("look-up"):
+            fields = cast("Mapping[bytes, bytes]", await self._client.hgetall(self._keys.session(key)))  # pyright: ignore[reportGeneralTypeIssues, reportUnknownMemberType]
+        return _record(key, fields)
+
+    async def scan(self) -> AsyncGenerator[SessionRecord, None]:
+        """All records, in no order; for listings."""
+        async with translated("listing sessions"):
+            async for name in self._client.scan_iter(match=self._keys.sessions, count=500):  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+                record_key = cast("bytes", name).decode()
+                pipeline = self._client.pipeline(transaction=False)
+                pipeline.hgetall(record_key)  # pyright: ignore[reportUnusedCoroutine]
+                pipeline.pttl(record_key)  # pyright: ignore[reportUnusedCoroutine]
+                fields, ttl_ms = await pipeline.execute()
+                record = _record(self._keys.session_of(record_key), fields, max(0, ttl_ms))
+                if record is not None:
+                    yield record
+
+
+def _claimed(answer: tuple[int, bytes, bytes], claimant: str) -> Claimed:
+    won, owner, epoch = answer
+    registration = Registration(owner.decode(), int(epoch)) if owner else None
+    # The claimant's own registration under "not won" is its earlier claim whose answer was lost.
+    return Claimed(won == 1 or owner.decode() == claimant, registration)
+
+
+def _record(key: str, fields: Mapping[bytes, bytes], ttl_ms: int = 0) -> SessionRecord | None:
+    if b"owner" not in fields:
+        return None
+    return SessionRecord(
+        key=key,
+        registration=Registration(fields[b"owner"].decode(), int(fields[b"epoch"])),
+        upstream=fields.get(b"upstream", b"").decode(),
+        principal=fields.get(b"principal", b"").decode(),
+        created_ms=int(fields.get(b"created_ms", b"0")),
+        resume=fields.get(b"resume"),
+        ttl_ms=ttl_ms,
+    )

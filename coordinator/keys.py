@@ -1,0 +1,51 @@
+"""Every Redis key of Leasehold. Nothing else builds a key.
+
+Keys that meet in one script or one blocking pop share a hash tag, so that Redis Cluster keeps them on one node. Session
+ids are bearer secrets and may hold any character: only their SHA-256 is written.
+
+    <namespace>:{w:<incarnation>}:lease        hash   gen, info; PX = lease
+    <namespace>:{w:<incarnation>}:box:<gen>    list   sealed envelopes for that worker; PX = BOX_TTL_MS
+    <namespace>:{s:<sha256 of session id>}     hash   owner, epoch, upstream, principal, created_ms, resume; PX
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+
+def session_key(session_id: str) -> str:
+    """The name under which a session is known in Redis, in frames and to operators: SHA-256 of its id, in hex."""
+    return sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names under one namespace; fleets that share a Redis have different ones."""
+
+    namespace: str
+
+    def lease(self, incarnation: str) -> str:
+        return f"{self.namespace}:{{w:{incarnation}}}:lease"
+
+    def mailbox(self, incarnation: str, generation: int) -> str:
+        return f"{self.namespace}:{{w:{incarnation}}}:box:{generation}"
+
+    def session(self, key: str) -> str:
+        return f"{self.namespace}:{{s:{key}}}"
+
+    @property
+    def leases(self) -> str:
+        """A SCAN pattern over all leases."""
+        return f"{self.namespace}:{{w:*}}:lease"
+
+    @property
+    def sessions(self) -> str:
+        """A SCAN pattern over all session records."""
+        return f"{self.namespace}:{{s:*}}"
+
+    def incarnation_of(self, lease_key: str) -> str:
+        return lease_key.rpartition("{w:")[2].partition("}")[0]
+
+    def session_of(self, record_key: str) -> str:
+        return record_key.rpartition("{s:")[2].partition("}")[0]

@@ -1,0 +1,58 @@
+"""ASGI types, and reading a request. The gateway is plain ASGI: its hot path is a relay, not a router."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .errors import BodyTooLarge, Disconnected
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+
+def header(headers: Headers, name: bytes) -> bytes | None:
+    """The first value of a header (`name` in lower case), or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    """The whole body; raises `BodyTooLarge` above `limit` bytes (at once when the length is declared), `Disconnected`."""
+    declared = header(headers, b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit:
+        raise BodyTooLarge(limit)
+    first = await receive()
+    if first["type"] == "http.disconnect":
+        raise Disconnected
+    body: bytes = first.get("body", b"")
+    if not first.get("more_body", False):
+        if len(body) > limit:
+            raise BodyTooLarge(limit)
+        return body
+    pieces, size = [body], len(body)
+    while True:
+        if size > limit:
+            raise BodyTooLarge(limit)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if not message.get("more_body", False):
+            if size > limit:
+                raise BodyTooLarge(limit)
+            return b"".join(pieces)
+
+
+async def respond(send: Send, status: int, body: bytes, headers: Headers, *, head_only: bool = False) -> None:
+    """A complete response."""
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": b"" if head_only else body})
