@@ -1,14 +1,15 @@
 """Channels: what keeps the frames between two workers from being lost, repeated or forged without notice.
 
 A channel is one ordered pair, sender incarnation -> receiver incarnation. Its key is derived from the fleet secret and
-both incarnations; its 64-bit counter is AEAD nonce, order and replay window at once. Redis lists repeat elements (a lagging
-replica is promoted) and lose them (the reader's connection dies in mid-pop), so:
+both incarnations; its 64-bit counter is AEAD nonce, order and replay window at once. Redis lists repeat elements (a
+lagging replica is promoted) and lose them (the reader's connection dies in mid-pop), so:
 
-* A counter at or below the highest one seen is a repetition: dropped before anything else, and counted. This also makes it
-  safe to push the *same bytes* again when the answer to a push was lost.
-* A counter that jumps leaves a gap, and the receiver remembers it. After the reader's connection broke, the receiver opens a
-  new mailbox generation and drains the old one; a sender that notices the new generation asks (QUERY) and the receiver
-  answers (RECEIPT) which envelopes did arrive. What did not, will not: a late copy is below the highest counter.
+* A counter at or below the highest one seen is a repetition: dropped before anything else, and counted. This also makes
+  it safe to push the *same bytes* again when the answer to a push was lost.
+* A counter that jumps leaves a gap, and the receiver remembers it. After the reader's connection broke, the receiver
+  opens a new mailbox generation and drains the old one; a sender that notices the new generation asks (QUERY) and the
+  receiver answers (RECEIPT) which envelopes did arrive. What did not, will not: a late copy is below the highest
+  counter.
 
 A sender burns a counter when an envelope is withdrawn; the gap this leaves does no harm, for nobody waits on it.
 """

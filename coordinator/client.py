@@ -7,25 +7,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from functools import cache
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from .errors import Unavailable
 
 COMMAND_TIMEOUT_S: Final = 2.0
 """Longest wait for the answer to one command; the connection is dropped after it."""
+PATIENCE_S: Final = 0.05
+"""What an answer that is overdue gets on top, once the loop runs again: see `overdue`."""
 CONNECT_TIMEOUT_S: Final = 2.0
 LOOKUP_CONNECTIONS: Final = 4
+SCAN_COUNT: Final = 500
 
 REDIS_FAILURES: Final = (RedisError, OSError, TimeoutError)
 """What redis-py raises when Redis cannot be reached or does not do what was asked."""
+
+Argument = str | bytes | int | float
+
+
+class NotConnected(RedisConnectionError):  # noqa: N818
+    """Raised by our clients when no connection could be made: nothing of the command was sent."""
 
 
 class RedisClients:
@@ -39,8 +52,8 @@ class RedisClients:
         return self._make(connections=1, timeout_s=None)
 
     def writer(self) -> Redis:
-        """One connection for pushes."""
-        return self._make(connections=1, timeout_s=COMMAND_TIMEOUT_S)
+        """One connection for pushes; the outbox bounds them with `overdue`, which costs less than a socket timeout."""
+        return self._make(connections=1, timeout_s=None)
 
     def lookups(self) -> Redis:
         """A few connections for everything else; a caller waits for a free one at most `COMMAND_TIMEOUT_S`."""
@@ -56,6 +69,7 @@ class RedisClients:
             retry=Retry(NoBackoff(), 0),
             client_name="leasehold",
         )
+        pool.connection_class = _telling(pool.connection_class)
         return Redis.from_pool(pool)
 
     @property
@@ -65,6 +79,38 @@ class RedisClients:
         return f"{parts.scheme}://{parts.path if parts.scheme == 'unix' else f'{parts.hostname}:{parts.port or 6379}'}"
 
 
+async def execute(client: Redis, *command: Argument) -> Any:
+    """One command; raises `REDIS_FAILURES`."""
+    return await client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+async def execute_all(
+    client: Redis, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
+) -> list[Any]:
+    """Many commands in one round trip, no transaction; raises `REDIS_FAILURES`, or else returns a refusal in its place."""
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
+    return await pipeline.execute(raise_on_error=raise_on_error)
+
+
+async def scan_hashes(client: Redis, pattern: str) -> AsyncGenerator[list[tuple[str, dict[bytes, bytes], int]], None]:
+    """Pages of (key, fields, PTTL) of all hashes that match; raises `REDIS_FAILURES`. A key may come twice (SCAN)."""
+    cursor = 0
+    while True:
+        answer: tuple[bytes | int, list[bytes]] = await execute(
+            client, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
+        )
+        cursor, names = int(answer[0]), answer[1]
+        answers = await execute_all(client, [(what, name) for name in names for what in ("HGETALL", "PTTL")])
+        yield [
+            (name.decode(), fields, ttl_ms)
+            for name, fields, ttl_ms in zip(names, answers[::2], answers[1::2], strict=True)
+        ]
+        if not cursor:
+            return
+
+
 @asynccontextmanager
 async def translated(what: str) -> AsyncGenerator[None, None]:
     """Turn what redis-py raises into `Unavailable`, naming what was being done."""
@@ -72,3 +118,33 @@ async def translated(what: str) -> AsyncGenerator[None, None]:
         yield
     except REDIS_FAILURES as error:
         raise Unavailable(f"{what}: {type(error).__name__}") from error
+
+
+@asynccontextmanager
+async def overdue(limit_s: float) -> AsyncGenerator[None, None]:
+    """`asyncio.timeout` for commands. redis-py drops the connection of a command that is cut off, and its answer with it.
+
+    In two steps, for a loop that was paused (a debugger, a long computation, SIGSTOP) finds both the timer and the
+    answer due: the answer is to be read first.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as timeout:
+        timer = loop.call_later(limit_s, lambda: timeout.reschedule(loop.time() + PATIENCE_S))
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+@cache
+def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """A connection class that tells "could not connect" from "broke after something was sent": redis-py raises the same."""
+
+    class TellingConnection(kind):
+        async def connect(self) -> Any:
+            try:
+                return await super().connect()
+            except REDIS_FAILURES as error:
+                raise NotConnected(f"{type(error).__name__}: {error}") from error
+
+    return TellingConnection

@@ -1,6 +1,7 @@
 """Time. Monotonic inside a worker, the time of the Redis node for what workers share; wall clocks never decide.
 
-`monotonic()` counts suspended time too where the system can (CLOCK_BOOTTIME): a machine that slept finds its lease over.
+`monotonic()` counts suspended time too where the system can (CLOCK_BOOTTIME): a machine that slept finds its lease
+over.
 """
 
 from __future__ import annotations

@@ -1,20 +1,19 @@
 """The directory: which worker owns which session, under which epoch.
 
-A record is claimed when the session opens, taken over when its owner's lease has ended, and deleted when the session ends.
-Each change names the registration it replaces (owner and epoch), so that of any number of concurrent claims one wins, and
-each makes the epoch larger. A lost answer is no riddle: the record says whether the change happened.
+A record is claimed when the session opens, taken over when its owner's lease has ended, and deleted when the session
+ends. Each change names the registration it replaces (owner and epoch), so that of any number of concurrent claims one
+wins, and each makes the epoch larger. A lost answer is no riddle: the record says whether the change happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from redis.asyncio import Redis
 
 from . import scripts
-from .client import translated
+from .client import execute, execute_all, scan_hashes, translated
 from .keys import Keys
 
 
@@ -96,32 +95,33 @@ class Directory:
         if not batch:
             return []
         async with translated("refresh"):
-            await self._client.script_load(scripts.SESSION_REFRESH.source)  # pyright: ignore[reportUnknownMemberType]
-            pipeline = self._client.pipeline(transaction=False)
-            for key, registration, ttl_ms in batch:
-                command = scripts.SESSION_REFRESH.command(
+            await scripts.SESSION_REFRESH.load(self._client)
+            commands = [
+                scripts.SESSION_REFRESH.command(
                     [self._keys.session(key)], [registration.owner, registration.epoch, ttl_ms]
                 )
-                pipeline.execute_command(*command)
-            answers = await pipeline.execute()
+                for key, registration, ttl_ms in batch
+            ]
+            answers = await execute_all(self._client, commands)
         return [key for (key, _, _), answer in zip(batch, answers, strict=True) if answer != 1]
 
     async def look_up(self, key: str) -> SessionRecord | None:
         """The record of a session, or None. None is no proof at once: see `Member.absence_counts`."""
         async with translated("look-up"):
-            fields = cast("Mapping[bytes, bytes]", await self._client.hgetall(self._keys.session(key)))  # pyright: ignore[reportGeneralTypeIssues, reportUnknownMemberType]
+            fields: Mapping[bytes, bytes] = await execute(self._client, "HGETALL", self._keys.session(key))
         return _record(key, fields)
 
     async def scan(self) -> AsyncGenerator[SessionRecord, None]:
-        """All records, in no order; for listings."""
-        async with translated("listing sessions"):
-            async for name in self._client.scan_iter(match=self._keys.sessions, count=500):  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-                record_key = cast("bytes", name).decode()
-                pipeline = self._client.pipeline(transaction=False)
-                pipeline.hgetall(record_key)  # pyright: ignore[reportUnusedCoroutine]
-                pipeline.pttl(record_key)  # pyright: ignore[reportUnusedCoroutine]
-                fields, ttl_ms = await pipeline.execute()
-                record = _record(self._keys.session_of(record_key), fields, max(0, ttl_ms))
+        """All records, in no order, some perhaps twice (SCAN); for listings."""
+        found = scan_hashes(self._client, self._keys.sessions)
+        while True:
+            # Nothing is yielded inside `translated`: a consumer's own failures are none of Redis.
+            async with translated("listing sessions"):
+                page = await anext(found, None)
+            if page is None:
+                return
+            for name, fields, ttl_ms in page:
+                record = _record(self._keys.session_of(name), fields, max(0, ttl_ms))
                 if record is not None:
                     yield record
 

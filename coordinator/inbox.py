@@ -56,13 +56,24 @@ class Inbox:
         try:
             for frame in decode(opened):
                 self.statistics.frames += 1
-                self._deliver(name, frame)
+                self._dispatch(name, frame)
         except FrameError as error:
-            self.statistics.refused += 1
-            logger.warning("frame_refused sender=%s error=%s", name[:8], error)
+            self._refuse(name, error)
+
+    def _dispatch(self, sender: str, frame: Frame) -> None:
+        # One by one: an envelope holds frames of many exchanges, and one that is no good must not take the others
+        # along.
+        try:
+            self._deliver(sender, frame)
+        except FrameError as error:
+            self._refuse(sender, error)
         except Exception:
             # The reader must outlive a bug in what it dispatches to: a worker whose reader died cannot be reached.
-            logger.exception("dispatch_failed sender=%s", name[:8])
+            logger.exception("dispatch_failed sender=%s type=%s", sender[:8], frame.type.name)
+
+    def _refuse(self, sender: str, error: FrameError) -> None:
+        self.statistics.refused += 1
+        logger.warning("frame_refused sender=%s error=%s", sender[:8], error)
 
     def window(self, sender: str) -> ReplayWindow:
         """What arrived from one sender."""
@@ -70,8 +81,8 @@ class Inbox:
         return ReplayWindow() if channel is None else channel.window
 
     def _channel(self, key_id: bytes, sender: bytes) -> ReceiveChannel:
-        # A sender seals with one secret for as long as its incarnation lives, so the sender alone names the channel. It is
-        # kept only once it has opened something: a forger must not fill the table.
+        # A sender seals with one secret for as long as its incarnation lives, so the sender alone names the channel. It
+        # is kept only once it has opened something: a forger must not fill the table.
         channel = self._channels.get(sender)
         if channel is None:
             secret = self._keyring.by_id(key_id)

@@ -10,6 +10,7 @@ ids are bearer secrets and may hold any character: only their SHA-256 is written
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -37,15 +38,20 @@ class Keys:
     @property
     def leases(self) -> str:
         """A SCAN pattern over all leases."""
-        return f"{self.namespace}:{{w:*}}:lease"
+        return f"{_literal(self.namespace)}:{{w:*}}:lease"
 
     @property
     def sessions(self) -> str:
         """A SCAN pattern over all session records."""
-        return f"{self.namespace}:{{s:*}}"
+        return f"{_literal(self.namespace)}:{{s:*}}"
 
     def incarnation_of(self, lease_key: str) -> str:
         return lease_key.rpartition("{w:")[2].partition("}")[0]
 
     def session_of(self, record_key: str) -> str:
         return record_key.rpartition("{s:")[2].partition("}")[0]
+
+
+def _literal(text: str) -> str:
+    """`text` as a part of a SCAN pattern that matches only itself."""
+    return re.sub(r"([*?\[\]^\\])", r"\\\1", text)

@@ -1,15 +1,19 @@
 """A worker's membership: its lease, its mailbox, and what it knows of the lives of others.
 
-The lease is one key per incarnation, `PX` a few seconds, renewed at a third of it. Whoever finds it missing may take this
-worker's sessions over, so:
+The lease is one key per incarnation, `PX` a few seconds, renewed at a third of it. Whoever finds it missing may take
+this worker's sessions over, so:
 
 * the fence is computed from the monotonic clock *before* the renewal is sent: no write starts after it;
 * a lease that lapsed is never revived: the worker takes a new, random incarnation and re-claims its sessions;
 * the task that reads the mailbox also renews, so a worker whose reader is dead cannot look alive.
 
-One connection serves all of this, and one command is in flight on it at a time. A blocking pop ends by the server's timeout; when
-its answer is overdue, or the connection breaks, elements may be lost with it: the connection is dropped, the mailbox gets a
-new generation, the old one is drained, and senders learn from receipts what did not arrive (`channel.py`).
+One connection serves all of this, and one command is in flight on it at a time. A blocking pop ends by the server's
+timeout; when its answer is overdue, or the connection breaks, elements may be lost with it: the connection is dropped,
+the mailbox gets a new generation, the old one is drained, and senders learn from receipts what did not arrive
+(`channel.py`).
+
+A clean stop ends the lease first, so that nothing more comes in, then answers what is still in the mailbox (the fence
+has fallen, so requests are not run) and sends what is still in the outbox.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import logging
 import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -28,14 +33,24 @@ from redis.exceptions import NoScriptError
 
 from . import scripts
 from .channel import Receipt, read_envelope_head
-from .client import REDIS_FAILURES, RedisClients
+from .client import (
+    COMMAND_TIMEOUT_S,
+    REDIS_FAILURES,
+    Argument,
+    RedisClients,
+    execute,
+    execute_all,
+    overdue,
+    scan_hashes,
+    translated,
+)
 from .clock import RedisClock, monotonic
 from .directory import Directory
-from .errors import SealError
+from .errors import SealError, Unavailable
 from .frames import FROM_OWNER, Frame, FrameType, encode
 from .inbox import Inbox
 from .keys import Keys
-from .outbox import BACKOFF_S, Outbox
+from .outbox import BACKOFF_S, MAILBOX_TTL_MS, Outbox
 from .sealing import Keyring
 
 logger = logging.getLogger("leasehold.coordinator.member")
@@ -46,6 +61,10 @@ MARGIN: Final = 1 / 10
 """The fence falls this share of the lease before Redis ends it: room for what was checked but not yet written."""
 POP_COUNT: Final = 128
 POP_OVERDUE_S: Final = 1.0
+FLUSH_S: Final = 1.0
+"""How long a clean stop waits for its last frames to be written."""
+_WAKE: Final = b""
+"""An element that is no envelope: it only ends the blocking pop."""
 
 
 class Listener(Protocol):
@@ -54,7 +73,8 @@ class Listener(Protocol):
     async def joined(self, incarnation: str, *, again: bool) -> None:
         """A new incarnation has its lease; `again` when an earlier one was lost: sessions have to be re-claimed.
 
-        Called in a task of its own; frames may arrive before it returns.
+        Called in a task of its own, and again after a pause when it raises `Unavailable`; frames may arrive before it
+        returns. Cancelled when that incarnation ends.
         """
         ...
 
@@ -78,8 +98,8 @@ class Listener(Protocol):
         """What a receiver says did arrive."""
         ...
 
-    def peer_down(self, peer: str, unread: frozenset[int] | None) -> None:
-        """A watched peer's lease ended; `unread` are the counters of our envelopes that it had not read, None if unknown."""
+    def peer_down(self, peer: str, unread: frozenset[int]) -> None:
+        """A watched peer's lease ended; `unread` are the counters of our envelopes that it had not read."""
         ...
 
 
@@ -128,8 +148,12 @@ class Member:
         self._renew_at = 0.0
         self._wake_at = float("inf")
         self._generation = 1
+        self._undrained: list[int] = []
         self._watched: Counter[str] = Counter()
+        self._told: set[str] = set()
+        """Watched peers of which `peer_down` was told."""
         self._stopping = False
+        self._reading = False
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
 
@@ -138,13 +162,16 @@ class Member:
 
     @property
     def outbox(self) -> Outbox:
-        """The outbox of the current incarnation; only after `joined`."""
-        assert self._outbox is not None
+        """The outbox of the current incarnation; raises `Unavailable` before the first."""
+        if self._outbox is None:
+            raise Unavailable("outbox: not joined yet")
         return self._outbox
 
     @property
     def inbox(self) -> Inbox:
-        assert self._inbox is not None
+        """The inbox of the current incarnation; raises `Unavailable` before the first."""
+        if self._inbox is None:
+            raise Unavailable("inbox: not joined yet")
         return self._inbox
 
     @property
@@ -153,7 +180,7 @@ class Member:
 
     def may_write(self) -> bool:
         """Whether an upstream write may start in this very turn of the loop."""
-        return monotonic() < self._fence
+        return not self._stopping and monotonic() < self._fence
 
     def absence_counts(self) -> bool:
         """Whether a missing record or lease proves anything: the same Redis node has answered for a whole lease."""
@@ -162,11 +189,18 @@ class Member:
     def watch(self, peer: str) -> None:
         """Have `peer_down` called when this peer's lease ends; one `unwatch` for each."""
         self._watched[peer] += 1
+        self._told.discard(peer)
 
     def unwatch(self, peer: str) -> None:
         self._watched[peer] -= 1
         if self._watched[peer] <= 0:
             del self._watched[peer]
+            self._told.discard(peer)
+
+    async def is_alive(self, peer: str) -> bool:
+        """Whether a worker has a lease at this moment; raises `Unavailable`. See `absence_counts` for what a no means."""
+        async with translated("lease"):
+            return await execute(self._lookups, "EXISTS", self._keys.lease(peer)) == 1
 
     async def run(self) -> None:
         """Live: acquire, read and renew, and when the lease is lost begin again. Ends after `stop()`."""
@@ -185,34 +219,69 @@ class Member:
                     delay = min(high, delay * 2)
                     continue
                 delay = low
-                writing = tasks.create_task(self.outbox.run(), name="leasehold-outbox")
-                joined = tasks.create_task(
-                    self._listener.joined(self.incarnation, again=self.incarnations > 1), name="leasehold-joined"
-                )
+                outbox = self.outbox
+                tasks.create_task(outbox.run(), name="leasehold-outbox")
+                joined = tasks.create_task(self._join(), name="leasehold-joined")
+                self._reading = True
                 try:
+                    if self._stopping:  # while the lease was being acquired
+                        await self._release()
                     await self._read()
-                finally:
-                    writing.cancel()
                     if self._stopping:
-                        joined.cancel()
+                        await self._finish()
+                finally:
+                    self._reading = False
+                    self._fence = float("-inf")
+                    # A task of the last incarnation must claim nothing for it any more.
+                    joined.cancel()
+                    outbox.close()
                 if not self._stopping:
                     logger.warning("lease_lost incarnation=%s", self.incarnation[:8])
-                    self._fence = float("-inf")
                     self._listener.lost(self.incarnation)
 
     async def stop(self) -> None:
-        """End the lease at once, so that nobody waits for it to lapse; then `run()` returns."""
+        """End the lease at once, so that nobody waits for it to lapse; then `run()` finishes what is left and returns."""
         self._stopping = True
         self._fence = float("-inf")
+        if self._reading:
+            await self._release()
+
+    async def _release(self) -> None:
+        """End the lease, and the blocking pop."""
+        mailbox = self._keys.mailbox(self.incarnation, self._generation)
+        commands = [
+            ("DEL", self._keys.lease(self.incarnation)),
+            ("RPUSH", mailbox, _WAKE),
+            ("PEXPIRE", mailbox, MAILBOX_TTL_MS),
+        ]
         try:
-            if self.incarnation:
-                await self._lookups.delete(  # pyright: ignore[reportUnknownMemberType]
-                    self._keys.lease(self.incarnation), self._keys.mailbox(self.incarnation, self._generation)
-                )
+            await execute_all(self._lookups, commands)
         except REDIS_FAILURES as error:
             logger.warning("lease_not_released error=%s", type(error).__name__)
-        # Ends the blocking pop; nothing can be lost with it, for nobody can push to a mailbox without a lease.
-        await self._reader.connection_pool.disconnect()
+            await self._reader.connection_pool.disconnect()
+
+    async def _finish(self) -> None:
+        """Answer what is still in the mailbox, where nothing can come in any more, and send what is still to be sent."""
+        try:
+            for generation in [*self._undrained, self._generation]:
+                await self._drain(generation)
+        except REDIS_FAILURES as error:
+            logger.warning("mailbox_not_drained error=%s", type(error).__name__)
+        if not await self.outbox.flush(FLUSH_S):
+            logger.warning("outbox_not_flushed")
+
+    async def _join(self) -> None:
+        again = self.incarnations > 1
+        low, high = BACKOFF_S
+        delay = low
+        while True:
+            try:
+                await self._listener.joined(self.incarnation, again=again)
+                return
+            except Unavailable as error:
+                logger.warning("join_interrupted error=%s", error)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+            delay = min(high, delay * 2)
 
     async def aclose(self) -> None:
         """Close all connections, after `run()` has returned."""
@@ -220,7 +289,7 @@ class Member:
             await client.aclose()
 
     async def peers(self) -> list[PeerInfo]:
-        """All workers with a lease, in no order; for listings."""
+        """All workers with a lease, by incarnation; for listings. Raises `Unavailable`."""
         return await list_peers(self._lookups, self._keys)
 
     # -- the reader ------------------------------------------------------------------------------------------------
@@ -228,22 +297,18 @@ class Member:
     async def _acquire(self) -> bool:
         incarnation = os.urandom(16).hex()
         before = monotonic()
-        pipeline = self._reader.pipeline(transaction=False)
         await self._load_scripts()
-        pipeline.execute_command(
-            *scripts.LEASE_ACQUIRE.command(
-                [self._keys.lease(incarnation)], [self._lease_ttl_ms, 1, orjson.dumps(self._info)]
-            )
+        acquire = scripts.LEASE_ACQUIRE.command(
+            [self._keys.lease(incarnation)], [self._lease_ttl_ms, 1, orjson.dumps(self._info)]
         )
-        pipeline.info("server")  # pyright: ignore[reportUnknownMemberType, reportUnusedCoroutine]
-        (acquired, time_ms), server = await pipeline.execute()
+        async with overdue(COMMAND_TIMEOUT_S):
+            (acquired, time_ms), server = await execute_all(self._reader, [acquire, ("INFO", "server")])
         if not acquired:
             return False
         self.incarnation, self._generation = incarnation, 1
+        self._undrained.clear()
         self.incarnations += 1
-        self._outbox = Outbox(
-            self._writer, self._keys, self._keyring, incarnation, mailbox_limit=self._mailbox_limit
-        )
+        self._outbox = Outbox(self._writer, self._keys, self._keyring, incarnation, mailbox_limit=self._mailbox_limit)
         self._outbox.on_owner_down = self._push_found_down
         self._inbox = Inbox(self._keyring, incarnation, self._deliver)
         self._renewed(before, time_ms, server["run_id"])
@@ -252,7 +317,8 @@ class Member:
 
     async def _load_scripts(self) -> None:
         for script in (scripts.LEASE_ACQUIRE, scripts.LEASE_RENEW):
-            await self._reader.script_load(script.source)  # pyright: ignore[reportUnknownMemberType]
+            async with overdue(COMMAND_TIMEOUT_S):
+                await script.load(self._reader)
 
     async def _read(self) -> None:
         """Read and renew until the lease is lost or `stop()` was called."""
@@ -298,35 +364,41 @@ class Member:
         mailbox = self._keys.mailbox(self.incarnation, self._generation)
         # Redis 6.2 and newer: LPOP takes a count, BLPOP a fraction of a second. A timeout of 0 would block for ever.
         timeout_s = max(0.01, round(timeout_s, 3))
-        async with asyncio.timeout(timeout_s + POP_OVERDUE_S):
-            popped = await self._reader.blpop([mailbox], timeout=timeout_s)  # pyright: ignore
+        async with overdue(timeout_s + POP_OVERDUE_S):
+            popped: Sequence[bytes] | None = await execute(self._reader, "BLPOP", mailbox, timeout_s)
         if popped is None:
             return
-        receive = self.inbox.receive
-        receive(popped[1])
+        self._receive(popped[1:])
         while not self._stopping:
-            async with asyncio.timeout(POP_OVERDUE_S):
-                more = await self._reader.lpop(mailbox, POP_COUNT)  # pyright: ignore
-            for envelope in more or ():
-                receive(envelope)
-            if not more or len(more) < POP_COUNT // 8 or monotonic() >= self._renew_at:
+            more = await self._pop_more(mailbox)
+            self._receive(more)
+            if len(more) < POP_COUNT // 8 or monotonic() >= self._renew_at:
                 # A short batch: block for the next one rather than ask again for nothing.
                 return
+
+    async def _pop_more(self, mailbox: str) -> Sequence[bytes]:
+        async with overdue(POP_OVERDUE_S):
+            popped: Sequence[bytes] | None = await execute(self._reader, "LPOP", mailbox, POP_COUNT)
+        return popped or ()
+
+    def _receive(self, envelopes: Sequence[bytes]) -> None:
+        for envelope in envelopes:
+            if envelope != _WAKE:
+                self.inbox.receive(envelope)
 
     async def _renew(self) -> bool:
         """Renew, and look at the leases of the peers we have something open with, in one round trip."""
         before = monotonic()
         peers = list(self._watched)
-        pipeline = self._reader.pipeline(transaction=False)
-        pipeline.execute_command(
-            *scripts.LEASE_RENEW.command([self._keys.lease(self.incarnation)], [self._lease_ttl_ms])
-        )
-        pipeline.info("server")  # pyright: ignore
+        commands: list[Sequence[Argument]] = [
+            scripts.LEASE_RENEW.command([self._keys.lease(self.incarnation)], [self._lease_ttl_ms]),
+            ("INFO", "server"),
+        ]
         for peer in peers:
-            pipeline.hget(self._keys.lease(peer), "gen")  # pyright: ignore
-            pipeline.pttl(self._keys.lease(peer))  # pyright: ignore
-        async with asyncio.timeout(POP_OVERDUE_S * 2):
-            (alive, time_ms), server, *leases = await pipeline.execute()
+            lease = self._keys.lease(peer)
+            commands += [("HGET", lease, "gen"), ("PTTL", lease)]
+        async with overdue(COMMAND_TIMEOUT_S):
+            (alive, time_ms), server, *leases = await execute_all(self._reader, commands)
         if not alive:
             return False
         self._renewed(before, time_ms, server["run_id"])
@@ -349,19 +421,20 @@ class Member:
             self.outbox.note_generation(peer, int(generation))
             # Look again just after this lease would end, if that is before the next renewal.
             self._wake_at = min(self._wake_at, max(monotonic() + ttl_ms / 1000 + 0.005, monotonic() + 0.05))
-        elif self.absence_counts():
+        elif peer not in self._told and self.absence_counts():
             await self._peer_gone(peer)
 
     async def _peer_gone(self, peer: str) -> None:
         """Look into a dead worker's mailbox: what is still there was not run."""
         channel = self.outbox.channel(peer)
-        unread: set[int] | None = set()
+        unread: set[int] = set()
         if channel is not None and channel.generation:
             mailbox = self._keys.mailbox(peer, channel.generation)
             own = bytes.fromhex(self.incarnation)
             start = 0
             while True:
-                page: list[bytes] = await self._reader.lrange(mailbox, start, start + POP_COUNT - 1)  # pyright: ignore
+                async with overdue(COMMAND_TIMEOUT_S):
+                    page: list[bytes] = await execute(self._reader, "LRANGE", mailbox, start, start + POP_COUNT - 1)
                 for envelope in page:
                     try:
                         _, sender, counter = read_envelope_head(envelope)
@@ -374,6 +447,7 @@ class Member:
                 start += POP_COUNT
         logger.info("peer_down peer=%s unread=%d", peer[:8], len(unread))
         self.outbox.forget(peer)
+        self._told.add(peer)
         self._listener.peer_down(peer, frozenset(unread))
 
     def _push_found_down(self, peer: str) -> None:
@@ -383,20 +457,28 @@ class Member:
             self.outbox.forget(peer)
 
     async def _rotate(self) -> bool:
-        """Open a new mailbox generation and drain the old one."""
-        old = self._keys.mailbox(self.incarnation, self._generation)
+        """Open a new mailbox generation and drain the old ones: more than one, when this was interrupted before."""
+        self._undrained.append(self._generation)
         self._generation += 1
-        alive = await scripts.MAILBOX_ROTATE.run(
-            self._reader, [self._keys.lease(self.incarnation)], [self._generation]
-        )
-        if not alive:
+        async with overdue(COMMAND_TIMEOUT_S):
+            before = await scripts.MAILBOX_ROTATE.run(
+                self._reader, [self._keys.lease(self.incarnation)], [self._generation]
+            )
+        if not before:
             return False
+        if before not in self._undrained:  # a replica that lags was promoted, and named an earlier one since
+            self._undrained = sorted({*self._undrained, before} - {self._generation})
         logger.info("mailbox_rotated generation=%d", self._generation)
-        while envelopes := await self._reader.lpop(old, POP_COUNT):  # pyright: ignore
-            for envelope in envelopes:
-                self.inbox.receive(envelope)
+        while self._undrained:
+            await self._drain(self._undrained[0])
+            del self._undrained[0]
         self._listener.rotated()
         return True
+
+    async def _drain(self, generation: int) -> None:
+        mailbox = self._keys.mailbox(self.incarnation, generation)
+        while envelopes := await self._pop_more(mailbox):
+            self._receive(envelopes)
 
     def _deliver(self, sender: str, frame: Frame) -> None:
         if frame.type is FrameType.QUERY:
@@ -409,14 +491,13 @@ class Member:
 
 
 async def list_peers(client: Redis, keys: Keys) -> list[PeerInfo]:
-    """All workers with a lease, by incarnation; raises what redis-py raises."""
-    found: list[PeerInfo] = []
-    async for name in client.scan_iter(match=keys.leases, count=500):  # pyright: ignore
-        lease_key: str = name.decode()  # pyright: ignore
-        fields: dict[bytes, bytes] = await client.hgetall(lease_key)  # pyright: ignore
-        ttl_ms: int = await client.pttl(lease_key)  # pyright: ignore
-        if b"gen" in fields and ttl_ms > 0:
-            info = orjson.loads(fields.get(b"info", b"{}"))
-            found.append(PeerInfo(keys.incarnation_of(lease_key), int(fields[b"gen"]), ttl_ms, info))
-    return sorted(found, key=lambda peer: peer.incarnation)
-
+    """All workers with a lease, by incarnation. Raises `Unavailable`."""
+    found: dict[str, PeerInfo] = {}
+    async with translated("listing workers"):
+        async for page in scan_hashes(client, keys.leases):
+            for name, fields, ttl_ms in page:
+                if b"gen" in fields and ttl_ms > 0:
+                    incarnation = keys.incarnation_of(name)
+                    info = orjson.loads(fields.get(b"info", b"{}"))
+                    found[incarnation] = PeerInfo(incarnation, int(fields[b"gen"]), ttl_ms, info)
+    return [found[incarnation] for incarnation in sorted(found)]

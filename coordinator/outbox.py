@@ -1,18 +1,20 @@
 """The outbox: one task that writes everything this worker has to say to others.
 
-All frames of a loop turn for one receiver become one or two sealed envelopes, and the envelopes for all receivers one pipelined
-write. While that write is under way the next turn's frames gather, so the batch grows with the load and a call costs a
-share of a round trip.
+All frames of a loop turn for one receiver become one or two sealed envelopes, and the envelopes for all receivers one
+pipelined write. While that write is under way the next turn's frames gather, so the batch grows with the load and a
+call costs a share of a round trip.
 
 What a push can come to:
 
 * taken;
-* refused in the same round trip: the receiver's lease has ended (OWNER_DOWN), or its mailbox is full (BUSY: only requests are
-  refused, for a reader must never wait for an answer that waits for room);
+* refused in the same round trip: the receiver's lease has ended (OWNER_DOWN; an incarnation never comes back), or its
+  mailbox is full (BUSY: only requests are refused, for a reader must never wait for an answer that waits for room);
 * nothing pushed, because the receiver has a new mailbox generation: the same bytes go there, and a QUERY after them;
-* in doubt, because the connection broke: the same bytes are pushed again under the same counters, and the receiver drops
-  what it has seen. Requests are tried once more and then given up as `unknown`, for their callers are waiting; answers are
-  tried until the receiver's lease ends or our own does.
+* in doubt, because the connection broke: the same bytes are pushed again under the same counters, and the receiver
+  drops what it has seen. Requests are tried once more and then given up as `unknown`, for their callers are waiting;
+  answers are tried until the receiver's lease ends or our own does. What the second push comes to says nothing about
+  the first one: the first may have got in where the second is refused, or may have got in without its requests, so that
+  those of the second come late and are dropped. So a QUERY follows, and the receipt tells.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -30,7 +33,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from . import scripts
 from .channel import SendChannel
-from .client import REDIS_FAILURES
+from .client import COMMAND_TIMEOUT_S, REDIS_FAILURES, Argument, NotConnected, execute, execute_all, overdue
 from .errors import Unavailable
 from .frames import FrameType, encode
 from .keys import Keys
@@ -85,7 +88,15 @@ class _Batch:
     requests: list[tuple[bytes, list[Ticket]]] = field(default_factory=list[tuple[bytes, list[Ticket]]])
     others: list[bytes] = field(default_factory=list[bytes])
     last: int = 0
-    doubts: int = 0
+    tries: int = 0
+    """Pushes that failed."""
+    in_doubt: bool = False
+    """Whether one of these may have been taken all the same."""
+    in_flight: bool = False
+
+    @property
+    def unsure(self) -> bool:
+        return self.in_doubt or self.in_flight
 
 
 @dataclass(slots=True)
@@ -93,6 +104,8 @@ class _Peer:
     channel: SendChannel
     queue: deque[_Queued] = field(default_factory=deque[_Queued])
     batch: _Batch | None = None
+    ask: bool = False
+    """Whether to ask which of the envelopes pushed so far did arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +131,14 @@ class Outbox:
         self._mailbox_limit = mailbox_limit
         self._peers: dict[str, _Peer] = {}
         self._dirty: dict[str, None] = {}
+        # Invariant: no channel to a peer is made twice. Its counters would start again, under the same key.
+        self._gone: set[str] = set()
         self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
         self.available = True
-        self.on_owner_down = _nobody
+        self.on_owner_down: Callable[[str], None] = _nobody
         self._frames = self._envelopes = self._pushes = 0
         self._refused = dict.fromkeys((reason.value for reason in Refusal), 0)
 
@@ -135,18 +153,43 @@ class Outbox:
     def post(self, peer: str, data: bytes, ticket: Ticket | None = None, *, request: bool = False) -> None:
         """Queue one encoded frame for `peer` (an incarnation). Never waits.
 
-        Raises `Unavailable` for a request while Redis cannot be written to: nothing was queued.
+        Raises `Unavailable` for a request while Redis cannot be written to: nothing was queued. A request to a peer
+        that is known to be gone is refused before this returns; other frames for it are dropped.
         """
         if request and not self.available:
             self._refused[Refusal.UNAVAILABLE.value] += 1
             raise Unavailable("push: Redis does not answer")
+        if self._closed:
+            return
+        if peer in self._gone:
+            if request and ticket is not None:
+                self._refuse_one(ticket, Refusal.OWNER_DOWN)
+            return
         state = self._peers.get(peer)
         if state is None:
             channel = SendChannel(self._keyring, self._incarnation, bytes.fromhex(peer))
             state = self._peers[peer] = _Peer(channel)
         state.queue.append(_Queued(data, ticket, request))
         self._dirty[peer] = None
+        self._idle.clear()
         self._wake.set()
+
+    async def flush(self, limit_s: float) -> bool:
+        """Wait, at most `limit_s`, until everything that was posted has been pushed or refused; whether it has."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """The incarnation has ended: refuse what waits, take nothing more, and let `run()` return."""
+        self._closed = True
+        self.available = False
+        self._wake.set()
+        for state in self._peers.values():
+            self._refuse_queued(state)
 
     def channel(self, peer: str) -> SendChannel | None:
         """The channel to a peer, if anything was ever sent to it."""
@@ -160,21 +203,28 @@ class Outbox:
             self._moved(peer, state, generation)
 
     def forget(self, peer: str) -> None:
-        """The peer's lease has ended, and nobody here waits for it any more."""
-        state = self._peers.pop(peer, None)
+        """The peer's lease has ended. What was not pushed is refused; of the rest its mailbox tells, which the caller read."""
+        self._gone.add(peer)
         self._dirty.pop(peer, None)
+        state = self._peers.pop(peer, None)
         if state is not None:
-            in_doubt = state.batch is not None and state.batch.doubts > 0
-            self._drop(state, Refusal.IN_DOUBT if in_doubt else Refusal.OWNER_DOWN)
+            if state.batch is not None and state.batch.unsure:
+                state.batch = None
+            self._drop(state, Refusal.OWNER_DOWN)
 
     async def run(self) -> None:
-        """Write until cancelled. A broken connection is tried again with jittered backoff."""
+        """Write until `close()`. A broken connection is tried again with jittered backoff.
+
+        No command is cancelled on the way: what had become of it would not be known.
+        """
         low, high = BACKOFF_S
         delay = low
-        while True:
+        while not self._closed:
             if not self._dirty and self.available:
+                self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
+                continue
             if await self._write_turn():
                 delay = low
             else:
@@ -188,17 +238,22 @@ class Outbox:
             state = self._peers[peer]
             if state.batch is None:
                 state.batch = self._seal(state)
+            state.batch.in_flight = True
             turn.append((peer, state, state.batch))
         self._dirty.clear()
+        answers: list[Any] = []
         try:
-            if not turn:
-                await self._client.ping()  # pyright: ignore[reportUnknownMemberType, reportGeneralTypeIssues]
-                answers: list[Any] = []
-            else:
-                answers = await self._push(turn)
+            async with overdue(COMMAND_TIMEOUT_S):
+                if turn:
+                    answers = await self._push(turn)
+                else:
+                    await execute(self._client, "PING")
         except REDIS_FAILURES as error:
-            self._in_doubt(turn, error)
+            self._failed(turn, error)
             return False
+        finally:
+            for _, _, batch in turn:
+                batch.in_flight = False
         if not self.available:
             logger.info("redis_writable")
             self.available = True
@@ -210,24 +265,21 @@ class Outbox:
         commands = [self._command(peer, state, batch) for peer, state, batch in turn]
         if len(commands) == 1:  # the usual case; a pipeline of one costs twice a command
             try:
-                return [await self._client.execute_command(*commands[0])]
+                return [await execute(self._client, *commands[0])]
             except NoScriptError as error:
                 await self._load()
                 return [error]
             except ResponseError as error:
                 return [error]
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        answers = await execute_all(self._client, commands, raise_on_error=False)
         if any(isinstance(answer, NoScriptError) for answer in answers):
             await self._load()
         return answers
 
     async def _load(self) -> None:
-        await self._client.script_load(scripts.MAILBOX_PUSH.source)  # pyright: ignore[reportUnknownMemberType]
+        await scripts.MAILBOX_PUSH.load(self._client)
 
-    def _command(self, peer: str, state: _Peer, batch: _Batch) -> tuple[Any, ...]:
+    def _command(self, peer: str, state: _Peer, batch: _Batch) -> tuple[Argument, ...]:
         generation = state.channel.generation
         return scripts.MAILBOX_PUSH.command(
             [self._keys.lease(peer), self._keys.mailbox(peer, generation)],
@@ -257,6 +309,11 @@ class Outbox:
             for ticket in tickets:
                 ticket.request_counter = counter
             batch.requests.append((envelope, tickets))
+        if state.ask:
+            # Only now, for every earlier push has been answered: what was under way when we learned that frames may
+            # have been lost is asked after too.
+            state.ask = False
+            others.insert(0, _Queued(encode(FrameType.QUERY, state.channel.pushed), None, request=False))
         for group in _envelopes(others):
             _, envelope = self._seal_group(state.channel, group)
             batch.others.append(envelope)
@@ -277,51 +334,61 @@ class Outbox:
     def _settle(self, peer: str, state: _Peer, batch: _Batch, answer: Any) -> bool:
         """Act on the answer to one push; False when it has to be tried again later."""
         if self._peers.get(peer) is not state:
-            return True  # forgotten while the push was under way
+            # Forgotten while the push was under way: what it did push, the dead mailbox has told.
+            if not batch.in_doubt and (isinstance(answer, Exception) or answer[0] != _PUSHED):
+                self._refuse(batch, Refusal.OWNER_DOWN)
+            return True
         if isinstance(answer, NoScriptError):
             self._dirty[peer] = None
             return True
         if isinstance(answer, Exception):
             # OOM, READONLY, LOADING: refused as a whole, so nothing was pushed.
             logger.warning("push_refused peer=%s error=%s", peer[:8], type(answer).__name__)
-            self._refuse(batch, Refusal.UNAVAILABLE)
+            self.available = False
+            self._refuse(batch, Refusal.IN_DOUBT if batch.in_doubt else Refusal.UNAVAILABLE)
+            self._refuse_queued(state)
             self._keep_or_drop(peer, state, batch)
             return False
         status, generation = answer
         if status == _OWNER_DOWN:
-            self._drop(state, Refusal.OWNER_DOWN)
+            self._drop(state, Refusal.IN_DOUBT if batch.in_doubt else Refusal.OWNER_DOWN)
             self.on_owner_down(peer)
             return True
         if status == _MOVED:
             self._dirty[peer] = None
             self._moved(peer, state, generation)
             return True
-        if status == _BUSY:
+        if batch.in_doubt:
+            state.ask = True
+        elif status == _BUSY:
             self._refuse(batch, Refusal.BUSY)
         state.channel.pushed = batch.last
         state.batch = None
-        if state.queue:
+        if state.queue or state.ask:
             self._dirty[peer] = None
         return True
 
     def _moved(self, peer: str, state: _Peer, generation: int) -> None:
         known, state.channel.generation = state.channel.generation, generation
-        if known:
-            query = encode(FrameType.QUERY, state.channel.pushed)
-            state.queue.appendleft(_Queued(query, None, request=False))
+        if known and not self._closed:
+            state.ask = True
             self._dirty[peer] = None
+            self._idle.clear()
             self._wake.set()
 
-    def _in_doubt(self, turn: list[tuple[str, _Peer, _Batch]], error: BaseException) -> None:
+    def _failed(self, turn: list[tuple[str, _Peer, _Batch]], error: BaseException) -> None:
         if self.available:
             logger.warning("redis_not_writable error=%s", type(error).__name__)
         for peer, state, batch in turn:
+            batch.tries += 1
+            batch.in_doubt |= not isinstance(error, NotConnected)
             if self._peers.get(peer) is not state:
+                if not batch.in_doubt:
+                    self._refuse(batch, Refusal.OWNER_DOWN)
                 continue
-            batch.doubts += 1
-            if batch.doubts > 1:
+            if batch.tries > 1:
                 self.available = False
-                self._refuse(batch, Refusal.IN_DOUBT)
+                self._refuse(batch, Refusal.IN_DOUBT if batch.in_doubt else Refusal.UNAVAILABLE)
             self._keep_or_drop(peer, state, batch)
         if not turn:
             self.available = False
@@ -334,11 +401,12 @@ class Outbox:
             self._dirty[peer] = None
         else:
             state.batch = None
-            if state.queue:
+            if state.queue or state.ask:
                 self._dirty[peer] = None
 
     def _drop(self, state: _Peer, reason: Refusal) -> None:
         """Drop everything that waits for one receiver; `reason` is for the batch that was being pushed."""
+        state.ask = False
         batch, state.batch = state.batch, None
         queue, state.queue = state.queue, deque()
         if batch is not None:

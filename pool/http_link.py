@@ -194,7 +194,7 @@ class HttpLink:
     def _request_headers(self, headers: Headers) -> list[tuple[str, str]]:
         passed = self._passed
         sent = [
-            (name.decode("latin-1"), value.decode("latin-1"))
+            (name.decode("latin-1"), value.decode("latin-1").strip())
             for name, value in headers
             if (name in passed or name.startswith(PARAM_PREFIX)) and name.decode("latin-1") not in self._static
         ]

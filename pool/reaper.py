@@ -154,7 +154,7 @@ def signal_group(group: int, number: int) -> bool:
 
 
 def group_lives(group: int) -> bool:
-    """True while a process of the group runs. Zombies do not count, which stay where no init reaps them (containers)."""
+    """True while a process of the group runs. Zombies, which stay where no init reaps them, do not count."""
     if not signal_group(group, 0):
         return False
     try:

@@ -61,6 +61,9 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
 }
 """Every transition there is; any other pair is a bug and raises KeyError."""
 
+ENDS_UPSTREAM: Final = frozenset({"idle", "shutdown", "unregistered"})
+"""Reasons to close after which the upstream session would live on unknown to anybody: it is told (DELETE)."""
+
 OpenLink = Callable[[], Awaitable[Link]]
 
 
@@ -75,6 +78,8 @@ class PooledSession:
         self.in_flight = 0
         self.opened_at = self.used_at = monotonic()
         self.close_reason = ""
+        self.keeps_record = False
+        """Whether the session lives on elsewhere: its upstream side and its registration are not to be ended."""
         self._link: Link | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._close_asked = asyncio.Event()
@@ -94,6 +99,11 @@ class PooledSession:
     def is_closed(self) -> bool:
         """True as soon as the session can take no more calls."""
         return self.state in (State.CLOSING, State.CLOSED) or (self._link is not None and self._link.is_closed)
+
+    @property
+    def link_can_move(self) -> bool:
+        """Whether another owner could continue the session from its resume record."""
+        return self._link is not None and not self._link.is_closed and self._link.resume is not None
 
     @property
     def idle_s(self) -> float:
@@ -118,6 +128,11 @@ class PooledSession:
         self.close_reason = self.close_reason or reason
         self._step(Event.CLOSE)
         self._close_asked.set()
+
+    def abandon(self, reason: str) -> None:
+        """Close our side only: another owner has the session, or may take it over."""
+        self.keeps_record = True
+        self.close(reason)
 
     async def wait_ended(self) -> None:
         """Return when the owner task is done and nothing of the session is left."""
@@ -166,7 +181,11 @@ class PooledSession:
             self._step(Event.CLOSE)
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await link.aclose()
+                try:
+                    if self.close_reason in ENDS_UPSTREAM and not self.keeps_record and not link.is_closed:
+                        await _end_upstream(link)
+                finally:
+                    await link.aclose()
         except TimeoutError:
             logger.error("close_overdue upstream=%s timeout_s=%d", self.upstream.name, CLOSE_TIMEOUT_S)  # noqa: TRY400
         except Exception:
@@ -175,3 +194,11 @@ class PooledSession:
 
     def _step(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]
+
+
+async def _end_upstream(link: Link) -> None:
+    try:
+        reply = await link.delete([])
+        await reply.chunks.aclose()
+    except PoolError as error:
+        logger.info("upstream_not_told error=%s", type(error).__name__)

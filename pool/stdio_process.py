@@ -203,11 +203,12 @@ class StdioProcess:
                 # The number is free again, or soon will be.
                 reaper.remove(self.pid)
         self._is_lost = True
+        self._gone.set()
         for transport in self._readers:
             transport.close()
-        if self._stdin is not None:
+        # Closed long ago, but bytes nobody reads may keep it open. (asyncio's fails when aborted without need.)
+        if self._stdin is not None and self._stdin.get_write_buffer_size():
             self._stdin.abort()
-        self._gone.set()
 
     def _watch_exit(self) -> None:
         try:
@@ -287,6 +288,7 @@ class StdioProcess:
 
     def input_ended(self) -> None:
         """Stdin is closed: by us, or by a child that listens no more, which is as good as gone."""
+        self._stdin = None
         if self.stage is Stage.RUNNING:
             self._loop.call_later(LAST_WORDS_S, self._lose, "its process closed its input")
 

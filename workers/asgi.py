@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import anyio
 
 from .errors import BodyTooLarge, Disconnected
 
@@ -13,6 +17,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+
+WATCH_AFTER_S: Final = 0.05
+"""Most answers come at once: only for those that take longer is it worth a task to see whether the client has left."""
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
@@ -56,3 +63,31 @@ async def respond(send: Send, status: int, body: bytes, headers: Headers, *, hea
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": b"" if head_only else body})
+
+
+@contextmanager
+def until_disconnect(receive: Receive) -> Iterator[None]:
+    """Run the block until the client leaves; then the block is cancelled and `Disconnected` raised. The body must be read."""
+    loop = asyncio.get_running_loop()
+    scope = anyio.CancelScope()
+    watch: asyncio.Task[None] | None = None
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    def start() -> None:
+        nonlocal watch
+        watch = loop.create_task(wait_for_disconnect())
+
+    timer = loop.call_later(WATCH_AFTER_S, start)
+    try:
+        with scope:
+            yield
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
+    if scope.cancelled_caught:
+        raise Disconnected

@@ -16,7 +16,7 @@ from ..coordinator import Member, Registration, Unavailable
 from ..coordinator.channel import Receipt
 from ..coordinator.errors import FrameError
 from ..coordinator.frames import ABORT, FROM_OWNER, LAST, Frame, FrameType, RequestHead, encode, unpack_head, unpack_request
-from .asgi import ASGIApp, Receive, Scope, Send
+from .asgi import ASGIApp, Receive, Scope, Send, until_disconnect
 from .errors import BrokenOff, Disconnected, NotRun, OutcomeUnknown
 from .exchange import CallerExchange, OwnerExchange, nack, read_nack
 
@@ -93,13 +93,13 @@ class Forwarder:
         head = self._request_head(to, key, scope)
         self._callers[exchange.id] = exchange
         self._member.watch(to.owner)
-        watching = asyncio.ensure_future(_watch_disconnect(receive, exchange))
         finished = False
         self.statistics.sent += 1
         try:
             self._member.outbox.post(to.owner, exchange.request_frame(head), exchange, request=True)
             exchange.send_body()
-            await self._relay(exchange, send)
+            with until_disconnect(receive):
+                await self._relay(exchange, send)
             finished = True
             self.statistics.answered += 1
         except (NotRun, Unavailable):
@@ -113,7 +113,6 @@ class Forwarder:
             self.statistics.abandoned += 1
             raise
         finally:
-            watching.cancel()
             del self._callers[exchange.id]
             self._member.unwatch(to.owner)
             if not finished:
@@ -301,7 +300,10 @@ class Forwarder:
             owner.disconnect()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until nothing runs here for others, at most `timeout_s`; then disconnect what does."""
+        """Wait until nothing runs here for others, at most `timeout_s`; then disconnect what does. GET streams never end: at once."""
+        for owner in list(self._owners.values()):
+            if owner.head.method == "GET":
+                owner.disconnect()
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_s)
         for owner in list(self._owners.values()):
@@ -311,8 +313,3 @@ class Forwarder:
         for task in self._running:
             task.cancel()
 
-
-async def _watch_disconnect(receive: Receive, exchange: CallerExchange) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    exchange.fail(Disconnected())

@@ -1,7 +1,7 @@
 """Loading and running the Lua scripts in this folder: one file each, with KEYS, ARGV and result in its head.
 
-`EVALSHA` fails after a Redis restart (NOSCRIPT: nothing ran), so every call falls back to sending the source. Scripts are sent
-as plain commands: redis-py refuses `pipeline.evalsha` on Cluster, `execute_command("EVALSHA", ...)` works.
+`EVALSHA` fails after a Redis restart (NOSCRIPT: nothing ran), so every call falls back to sending the source. Scripts
+are sent as plain commands: redis-py refuses `pipeline.evalsha` on Cluster, `execute_command("EVALSHA", ...)` works.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-Argument = str | bytes | int
+from ..client import Argument, execute
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,17 @@ class Script:
     async def run(self, client: Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run it; raises what redis-py raises, but for NOSCRIPT."""
         try:
-            return await client.execute_command(*self.command(keys, args))
+            return await execute(client, *self.command(keys, args))
         except NoScriptError:
-            return await client.execute_command("EVAL", self.source, len(keys), *keys, *args)
+            return await execute(client, "EVAL", self.source, len(keys), *keys, *args)
+
+    async def load(self, client: Redis) -> None:
+        """Make Redis know it, for `command`."""
+        await execute(client, "SCRIPT LOAD", self.source)
 
 
 def _load(name: str) -> Script:
-    source = files(__package__).joinpath(f"{name}.lua").read_text("utf-8")
+    source = files(__name__).joinpath(f"{name}.lua").read_text("utf-8")
     # SHA-1 is how Redis names scripts; nothing is secured by it.
     return Script(name, source, sha1(source.encode(), usedforsecurity=False).hexdigest())
 

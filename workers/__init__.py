@@ -1,0 +1,1 @@
+"""Worker processes: the gateway, its affinity layer, the forwarder, and the command line."""

@@ -1,0 +1,218 @@
+"""Affinity: every request of a session reaches the session's owner, wherever the request landed.
+
+    owned here, lease valid     -> served, without a Redis command
+    owner known                 -> forwarded: one push each way
+    owner unknown               -> looked up
+    owner's lease has ended     -> taken over, and the same upstream session continued; pinned sessions end (404)
+    no record                   -> 404, once absence is evidence; until then waited for, then 503
+
+A call that provably did not run is routed again, a bounded number of times. One that may have run is repeated only if it is safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ..coordinator import Member, Registration, SealError, SessionRecord, Unavailable
+from ..pool import Message, OpenFailed, PoolFull
+from ..pool.jsonrpc import RequestId
+from .answers import JSON, outcome_body, session_not_found, unavailable
+from .asgi import Receive, Scope, Send, respond
+from .errors import NotRun, OutcomeUnknown
+from .forwarder import Forwarder
+from .guard import Guard
+from .sessions import Owned, Sessions
+
+logger = logging.getLogger("leasehold.workers.affinity")
+
+MAX_ROUTES: Final = 8
+"""How often one request is routed before its caller is told to come back."""
+BACKOFF_S: Final = (0.02, 0.2)
+ABSENCE_WAIT_S: Final = 2.0
+"""How long a request waits for a record or lease that may only be late: an owner that lost it writes it again in under a second."""
+MAX_ROUTES_KEPT: Final = 100_000
+
+SAFE_METHOD: Final = re.compile(r"ping|[a-z]+(/[a-z]+)*/(list|read|get)")
+"""Methods that change nothing, by their names in the specification."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request of a session, read and checked. `message` is None for GET and DELETE."""
+
+    key: str
+    scope: Scope
+    message: Message | None
+    body: bytes
+    safe: bool
+
+    @property
+    def id(self) -> RequestId | None:
+        return self.message.id if self.message is not None else None
+
+
+Serve = Callable[[Owned, Call, Receive, Send], Awaitable[None]]
+"""Runs a call on a session owned here."""
+
+
+class Affinity:
+    """Routes calls. Keeps a bounded cache of owners: a wrong entry costs a NACK, never a wrong execution."""
+
+    def __init__(self, member: Member, sessions: Sessions, forwarder: Forwarder, serve: Serve) -> None:
+        self._member = member
+        self._sessions = sessions
+        self._forwarder = forwarder
+        self._serve = serve
+        self._routes: dict[str, Registration] = {}
+        self._resolving: dict[str, asyncio.Task[Owned | Registration | None]] = {}
+        self.local = self.forwarded = self.rerouted = self.repeated = 0
+
+    async def dispatch(self, call: Call, receive: Receive, guard: Guard) -> None:
+        """Answer a call. Raises `Refused`, `Disconnected`, and `BrokenOff` when an answer had begun."""
+        delay, longest = BACKOFF_S
+        for attempt in range(MAX_ROUTES):
+            if attempt > 1:
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                delay = min(longest, delay * 2)
+            where = self._sessions.get(call.key) or self._routes.get(call.key) or await self._resolve(call)
+            if isinstance(where, Owned):
+                if not self._sessions.holds(where):
+                    await self._wait_held(where, call)
+                self.local += 1
+                await self._serve(where, call, receive, guard.send)
+                return
+            try:
+                self.forwarded += 1
+                await self._forwarder.forward(where, call.key, call.scope, call.body, receive, guard.send)
+                return
+            except NotRun as refusal:
+                self.rerouted += 1
+                self._reroute(call.key, where, refusal)
+            except OutcomeUnknown as unknown:
+                self._routes.pop(call.key, None)
+                if not call.safe:
+                    await self._tell_unknown(call, unknown, guard)
+                    return
+                self.repeated += 1
+            except Unavailable as error:
+                raise unavailable("Redis does not answer: sessions of other workers cannot be reached", call.id) from error
+        raise unavailable("The session is moving between workers", call.id)
+
+    def forget(self, key: str) -> None:
+        self._routes.pop(key, None)
+
+    async def _tell_unknown(self, call: Call, unknown: OutcomeUnknown, guard: Guard) -> None:
+        if call.message is None or call.message.kind != "request":
+            raise unavailable(str(unknown), call.id) from unknown
+        await respond(guard.send, 200, outcome_body(f"The call may have run: {unknown}", "unknown", call.id), JSON)
+
+    def _reroute(self, key: str, tried: Registration, refusal: NotRun) -> None:
+        logger.debug("not_run session=%s reason=%s", key[:8], refusal.reason)
+        if refusal.reason == "busy":
+            return
+        if self._routes.get(key) == tried:
+            del self._routes[key]
+        if refusal.owner is not None and refusal.owner != tried:
+            self._routes[key] = refusal.owner
+
+    async def _wait_held(self, owned: Owned, call: Call) -> None:
+        """Our lease ended: wait a moment for the new one and the re-claim, instead of failing at once."""
+        until = asyncio.get_running_loop().time() + ABSENCE_WAIT_S
+        while not self._sessions.holds(owned):
+            if owned.session.is_closed:
+                raise session_not_found(call.id)
+            if asyncio.get_running_loop().time() > until:
+                raise unavailable("This worker's lease has ended; Redis does not answer", call.id)
+            await asyncio.sleep(0.02)
+
+    # -- finding the owner -----------------------------------------------------------------------------------------
+
+    async def _resolve(self, call: Call) -> Owned | Registration:
+        """Who owns the session now; at most one look-up per session is under way. Raises `Refused`."""
+        task = self._resolving.get(call.key)
+        if task is None:
+            task = asyncio.ensure_future(self._find(call.key))
+            self._resolving[call.key] = task
+            task.add_done_callback(lambda _: self._resolving.pop(call.key, None))
+        try:
+            found = await asyncio.shield(task)
+        except Unavailable as error:
+            raise unavailable("Redis does not answer: the session's owner cannot be found", call.id) from error
+        except (OpenFailed, PoolFull) as error:
+            raise unavailable(str(error), call.id) from error
+        if found is None:
+            raise session_not_found(call.id)
+        return found
+
+    async def _find(self, key: str) -> Owned | Registration | None:
+        until = asyncio.get_running_loop().time() + ABSENCE_WAIT_S
+        while True:
+            owned = self._sessions.get(key)
+            if owned is not None:
+                return owned
+            found = await self._look(key)
+            if not isinstance(found, _Absent):
+                return found
+            if self._member.absence_counts():
+                return await self._absent(found.record)
+            if asyncio.get_running_loop().time() > until:
+                raise Unavailable("absence is not evidence yet")
+            await asyncio.sleep(0.1)
+
+    async def _look(self, key: str) -> Owned | Registration | _Absent:
+        member = self._member
+        record = await member.directory.look_up(key)
+        if record is None:
+            return _Absent(None)
+        owner = record.registration.owner
+        if owner == member.incarnation:
+            # Ours by the record, not live here: it is being opened or closed at this moment.
+            return self._sessions.get(key) or _Absent(record)
+        if not await member.is_alive(owner):
+            return _Absent(record)
+        if len(self._routes) >= MAX_ROUTES_KEPT:
+            self._routes.clear()
+        self._routes[key] = record.registration
+        return record.registration
+
+    async def _absent(self, record: SessionRecord | None) -> Owned | Registration | None:
+        """No record, or a record whose owner is dead, on evidence."""
+        if record is None:
+            return None
+        if record.resume is None:
+            await self._member.directory.release(record.key, record.registration)
+            logger.info("pinned_session_ended session=%s", record.key[:8])
+            return None
+        try:
+            adopted = await self._sessions.adopt(record)
+        except SealError:
+            logger.warning("record_refused session=%s", record.key[:8])
+            return None
+        if adopted is not None:
+            return adopted
+        found = await self._look(record.key)
+        return None if isinstance(found, _Absent) else found
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """There is no record, or one whose owner has no lease."""
+
+    record: SessionRecord | None
+
+
+def is_safe(message: Message | None, idempotent_tools: frozenset[str]) -> bool:
+    """Whether a call may be repeated when its outcome is unknown. GET (None) may: it only listens."""
+    if message is None:
+        return True
+    if message.method == "tools/call":
+        return message.params.get("name") in idempotent_tools
+    return message.kind == "request" and SAFE_METHOD.fullmatch(message.method or "") is not None
+
+

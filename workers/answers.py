@@ -1,0 +1,84 @@
+"""The gateway's own answers: status, JSON-RPC error, headers. Refusals before any attempt are told by status; how a call ended
+by a JSON-RPC error in a 200, for clients of the 1.x SDKs end their whole session at a 5xx to one call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ..pool.errors import Outcome, PoolError
+from ..pool.jsonrpc import (
+    INTERNAL_ERROR,
+    INVALID_REQUEST,
+    SERVER_ERROR,
+    SESSION_NOT_FOUND,
+    UNSUPPORTED_PROTOCOL_VERSION,
+    RequestId,
+    error_body,
+)
+from .asgi import Headers, Send, respond
+
+JSON: Final[Headers] = [(b"content-type", b"application/json")]
+RETRY_AFTER_S: Final = 1
+
+HANDSHAKE_VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+STATELESS_VERSIONS: Final = ("2026-07-28",)
+
+
+class Refused(Exception):  # noqa: N818 - not an error of ours: an answer
+    """Raised to answer a request without any attempt: HTTP status, JSON-RPC code and message."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: int = INVALID_REQUEST,
+        id: RequestId | None = None,  # noqa: A002
+        data: dict[str, Any] | None = None,
+        headers: Headers | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.id = id
+        self.data = data
+        self.headers = headers or []
+
+    async def send(self, send: Send) -> None:
+        body = error_body(self.code, str(self), id=self.id, data=self.data)
+        await respond(send, self.status, body, [*JSON, *self.headers])
+
+
+def session_not_found(id: RequestId | None = None) -> Refused:  # noqa: A002
+    """404: unknown, expired, or another principal's; the client initializes again."""
+    return Refused(404, "Session not found", code=SESSION_NOT_FOUND, id=id)
+
+
+def unavailable(message: str, id: RequestId | None = None) -> Refused:  # noqa: A002
+    """503 with Retry-After: nothing ran, try again."""
+    retry = [(b"retry-after", b"%d" % RETRY_AFTER_S)]
+    return Refused(503, message, code=SERVER_ERROR, id=id, data={"outcome": "not_run"}, headers=retry)
+
+
+def unsupported_version(requested: str, supported: tuple[str, ...], id: RequestId | None = None) -> Refused:  # noqa: A002
+    """400 with the versions that are spoken here, which is how clients of the newer era fall back to `initialize`."""
+    return Refused(
+        400,
+        "Unsupported protocol version",
+        code=UNSUPPORTED_PROTOCOL_VERSION,
+        id=id,
+        data={"supported": list(supported), "requested": requested[:64]},
+    )
+
+
+def outcome_body(message: str, outcome: Outcome, id: RequestId | None) -> bytes:  # noqa: A002
+    """A JSON-RPC error that says whether the call may have run."""
+    return error_body(SERVER_ERROR, message, id=id, data={"outcome": outcome})
+
+
+def pool_error_body(error: PoolError, id: RequestId | None) -> bytes:  # noqa: A002
+    return outcome_body(str(error), error.outcome, id)
+
+
+def internal_error_body(id: RequestId | None) -> bytes:  # noqa: A002
+    return error_body(INTERNAL_ERROR, "Internal error", id=id, data={"outcome": "unknown"})

@@ -1,0 +1,240 @@
+"""The command `leasehold`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..coordinator import CoordinatorError, Directory, Keys, RedisClients, SessionRecord, list_peers
+from ..coordinator.client import REDIS_FAILURES
+from ..coordinator.embedded import EmbeddedRedisError
+from ..pool import Config, ConfigError, HttpTarget, load_config
+from .logs import configure_logs
+from .settings import Settings, SettingsError, load_settings
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="leasehold",
+    help="A distributed MCP session pool: any worker answers any request.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+workers_app = typer.Typer(help="Workers of the fleet.", no_args_is_help=True)
+sessions_app = typer.Typer(help="Sessions of the fleet.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration file.", no_args_is_help=True)
+app.add_typer(workers_app, name="workers")
+app.add_typer(sessions_app, name="sessions")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="File with `mcpServers`. [default: $LEASEHOLD_CONFIG or mcp.json]")
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="Redis URL. [default: $LEASEHOLD_REDIS_URL or $REDIS_URL]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"leasehold {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def serve(
+    config: ConfigPath = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one. [default: 8333]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes. [default: 1]")] = None,
+    redis: RedisUrl = None,
+) -> None:
+    """Serve the MCP servers of CONFIG at /servers/{name}/mcp.
+
+    Without a Redis URL a private Redis server is started and stopped with the command; several machines need one of their
+    own, and LEASEHOLD_SECRET.
+    """
+    settings = load_settings(os.environ, config=config, host=host, port=port, workers=workers, redis_url=redis)
+    configure_logs(settings.log_level, settings.log_format)
+    loaded = _load(settings.config)
+    for warning in loaded.warnings:
+        Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False)
+    from .supervisor import Supervisor  # noqa: PLC0415 - the listings need none of it
+
+    raise typer.Exit(Supervisor(settings, loaded).run())
+
+
+@workers_app.command("ls")
+def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
+    """List the workers that have a lease."""
+    settings = load_settings(os.environ, redis_url=redis)
+
+    async def read() -> list[dict[str, Any]]:
+        client = RedisClients(_redis_url(settings)).lookups()
+        async with client:
+            peers = await list_peers(client, Keys(settings.namespace))
+        return [{"incarnation": peer.incarnation, "lease_ms": peer.lease_ms, **peer.info} for peer in peers]
+
+    rows = _read(read(), settings)
+    if as_json:
+        _print_json(rows)
+        return
+    _print_table(
+        ["worker", "host", "pid", "started", "lease"],
+        [
+            [row["incarnation"][:8], row.get("host", ""), row.get("pid", ""), row.get("started", ""), f"{row['lease_ms']} ms"]
+            for row in rows
+        ],
+    )
+
+
+@sessions_app.command("ls")
+def list_sessions(redis: RedisUrl = None, as_json: Json = False) -> None:
+    """List the sessions of all workers. Session ids are secrets and not known here; a session is named by their SHA-256."""
+    settings = load_settings(os.environ, redis_url=redis)
+
+    async def read() -> list[SessionRecord]:
+        client = RedisClients(_redis_url(settings)).lookups()
+        async with client:
+            return [record async for record in Directory(client, Keys(settings.namespace)).scan()]
+
+    records = sorted(_read(read(), settings), key=lambda record: (record.upstream, record.created_ms))
+    rows: list[dict[str, Any]] = [
+        {
+            "session": record.key,
+            "server": record.upstream,
+            "principal": record.principal,
+            "owner": record.registration.owner,
+            "epoch": record.registration.epoch,
+            "created_ms": record.created_ms,
+            "ttl_ms": record.ttl_ms,
+            "adoptable": record.resume is not None,
+        }
+        for record in records
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    now_ms = int(time.time() * 1000)
+    _print_table(
+        ["session", "server", "principal", "owner", "age", "adoptable"],
+        [
+            [
+                row["session"][:12],
+                row["server"],
+                row["principal"],
+                row["owner"][:8],
+                f"{max(0, now_ms - row['created_ms']) // 1000} s",
+                "yes" if row["adoptable"] else "no",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@config_app.command("check")
+def check_config(config: ConfigPath = None, as_json: Json = False) -> None:
+    """Check CONFIG and the LEASEHOLD_ variables; prints what would be served. Exit code 2 when something is wrong."""
+    settings = load_settings(os.environ, config=config)
+    loaded = _load(settings.config)
+    rows = [
+        {
+            "server": name,
+            "type": "http" if isinstance(upstream.target, HttpTarget) else "stdio",
+            "affinity": upstream.affinity,
+            "target": repr(upstream.target),
+        }
+        for name, upstream in loaded.servers.items()
+    ]
+    if as_json:
+        _print_json({"servers": rows, "disabled": list(loaded.disabled), "warnings": list(loaded.warnings)})
+        return
+    _print_table(["server", "type", "affinity", "target"], [list(row.values()) for row in rows])
+    for warning in loaded.warnings:
+        print(f"warning: {warning}")
+    print(f"{loaded.source}: ok")
+
+
+def main() -> int:
+    """Entry point: what is wrong is one clear message, exit code 2."""
+    try:
+        result = app(standalone_mode=False)
+    except (ConfigError, SettingsError) as error:
+        return _fail(str(error), 2)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        return _fail_by(error)
+    return int(result or 0)
+
+
+def _fail_by(error: Exception) -> int:
+    from click.exceptions import ClickException  # noqa: PLC0415
+
+    if isinstance(error, ClickException):
+        error.show()
+        return error.exit_code
+    # Not imported at the top: the listings need no supervisor.
+    if type(error).__name__ == "ServeError" or isinstance(error, EmbeddedRedisError):
+        return _fail(str(error), 1)
+    raise error
+
+
+def _load(path: Path | None) -> Config:
+    return load_config(path or Path("mcp.json"), os.environ)
+
+
+def _redis_url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        raise SettingsError(
+            "LEASEHOLD_REDIS_URL: expected the Redis URL of the fleet (or --redis URL); "
+            "`leasehold serve` without one logs that of its private server"
+        )
+    return settings.redis_url.get_secret_value()
+
+
+def _read(reading: Coroutine[Any, Any, T], settings: Settings) -> T:
+    try:
+        return asyncio.run(reading)
+    except (CoordinatorError, *REDIS_FAILURES) as error:
+        place = RedisClients(_redis_url(settings)).place
+        raise SettingsError(f"Redis at {place} does not answer: {type(error).__name__}") from None
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table, markup=False, highlight=False) if rows else print("none")
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"leasehold: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The `is_success` guard: the one place that judges a reply, local or forwarded. It classifies and never rewrites.
+
+* A status outside 2xx is an error whatever its body says.
+* A 2xx JSON answer to a request must be one complete JSON-RPC response; 202 and 204 need no body.
+* An event stream is judged event by event; the answer to the request decides. An early end is allowed: the client may resume.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Final, Literal
+
+from ..pool.jsonrpc import InvalidMessage, Message, parse
+from ..pool.sse import EventSplitter
+from .asgi import Headers, Send, header
+from .asgi import Message as AsgiMessage
+
+Verdict = Literal["ok", "error", "incomplete"]
+
+MAX_JUDGED: Final = 4 * 1024 * 1024
+"""A JSON body (or event) above this is not parsed only to be counted; that it was complete is known from its framing."""
+
+
+def is_success(status: int, body: bytes, request: Message | None) -> bool:
+    """Whether a whole JSON reply to `request` (None: to a notification or a response) is a success."""
+    if not 200 <= status < 300:
+        return False
+    if request is None or status in (202, 204):
+        return request is None
+    return _answers(body, request)
+
+
+def _answers(body: bytes, request: Message) -> bool:
+    try:
+        answer = parse(body)
+    except InvalidMessage:
+        return False
+    return answer.kind == "response" and answer.id == request.id and "result" in answer.payload
+
+
+class Guard:
+    """Wraps `send` for one reply, and says afterwards what it was."""
+
+    def __init__(self, send: Send, request: Message | None) -> None:
+        self._send = send
+        self.request = request
+        self._status = 0
+        self._body = bytearray()
+        self._events: EventSplitter | None = None
+        self._answered: bool | None = None
+        self.complete = False
+        self._began = monotonic()
+        self.first_byte_s: float | None = None
+        """Seconds from the request to the first byte of its answer."""
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has got a status: from then on only the stream itself can tell of an error."""
+        return self._status != 0
+
+    @property
+    def is_stream(self) -> bool:
+        return self._events is not None
+
+    @property
+    def status(self) -> int:
+        return self._status
+
+    @property
+    def verdict(self) -> Verdict:
+        """`ok`, `error`, or `incomplete` when a stream ended before the answer."""
+        if not 200 <= self._status < 300:
+            return "error"
+        if self._events is not None and self.request is not None:
+            return "incomplete" if self._answered is None else "ok" if self._answered else "error"
+        if not self.complete:
+            return "incomplete"
+        if len(self._body) > MAX_JUDGED:
+            return "ok"
+        return "ok" if self._events is not None or is_success(self._status, bytes(self._body), self.request) else "error"
+
+    async def send(self, message: AsgiMessage) -> None:
+        """ASGI `send`: judge, and pass on as it is."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self.first_byte_s = monotonic() - self._began
+            headers: Headers = message.get("headers", [])
+            content_type = header(headers, b"content-type") or b""
+            if content_type.startswith(b"text/event-stream"):
+                self._events = EventSplitter(MAX_JUDGED)
+        else:
+            body: bytes = message.get("body", b"")
+            if self._events is not None:
+                if self.request is not None and self._answered is None:
+                    self._judge_events(body)
+            elif len(self._body) <= MAX_JUDGED:
+                self._body += body
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+    def _judge_events(self, body: bytes) -> None:
+        assert self._events is not None
+        assert self.request is not None
+        for data in self._events.feed(body):
+            try:
+                message = parse(data)
+            except InvalidMessage:
+                continue  # a priming event has no data
+            if message.kind == "response" and message.id == self.request.id:
+                self._answered = "result" in message.payload
+                return

@@ -1,0 +1,97 @@
+"""The relay: one request to one link, and its reply back to the client, as bytes.
+
+Runs at the owner, for requests that landed there and for those that came by a hop. A link's failure is this call's failure only,
+told as a JSON-RPC error that says whether it may have run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Final
+
+from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
+from ..pool.sse import STREAM_HEADERS, event
+from .answers import JSON, pool_error_body, session_not_found, unavailable
+from .asgi import Headers, Receive, Send, respond, until_disconnect
+from .errors import BrokenOff
+
+CONFLICT: Final = 409
+GET_RETRY_S: Final = (0.1, 1.0)
+GET_RETRY_FOR_S: Final = 10.0
+"""How long an adopter goes on asking for the GET stream: a frozen owner may still hold it until its fence."""
+
+
+async def relay_post(link: Link, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send) -> None:
+    """Send one message and stream the reply. Raises `Refused`, `Disconnected`, and `BrokenOff` after a reply had begun."""
+    await _relay(lambda: link.post(message, body, headers), message, receive, send)
+
+
+async def relay_get(link: Link, headers: Headers, receive: Receive, send: Send, *, adopted: bool) -> None:
+    """Stream the server's messages. `adopted`: a 409 may be the previous owner's stream, so ask again for a while."""
+    await _relay(lambda: _open_stream(link, headers) if adopted else link.get(headers), None, receive, send)
+
+
+async def relay_delete(link: Link, headers: Headers, receive: Receive, send: Send) -> int:
+    """End the upstream session; returns the upstream's status."""
+    with until_disconnect(receive):
+        try:
+            reply = await link.delete(headers)
+        except SessionClosed:
+            raise session_not_found() from None
+        except PoolError as error:
+            raise unavailable(str(error)) from error
+        await _stream(reply, None, send)
+    return reply.status
+
+
+async def _open_stream(link: Link, headers: Headers) -> Reply:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + GET_RETRY_FOR_S
+    delay, longest = GET_RETRY_S
+    while True:
+        reply = await link.get(headers)
+        if reply.status != CONFLICT or loop.time() > until:
+            return reply
+        await reply.chunks.aclose()
+        await asyncio.sleep(delay)
+        delay = min(longest, delay * 2)
+
+
+async def _relay(
+    ask: Callable[[], Awaitable[Reply]], message: Message | None, receive: Receive, send: Send
+) -> None:
+    request = message if message is not None and message.kind == "request" else None
+    with until_disconnect(receive):
+        try:
+            reply = await ask()
+        except SessionClosed:
+            raise session_not_found(request.id if request else None) from None
+        except PoolError as error:
+            if request is None or isinstance(error, Fenced):
+                raise unavailable(str(error), request.id if request else None) from error
+            await respond(send, 200, pool_error_body(error, request.id), JSON)
+            return
+        await _stream(reply, request, send)
+
+
+async def _stream(reply: Reply, request: Message | None, send: Send) -> None:
+    headers = reply.headers
+    is_stream = (reply.header(b"content-type") or b"").startswith(b"text/event-stream")
+    if is_stream:
+        # Ours win: a proxy in front of us must not buffer or cache a stream.
+        own = {name for name, _ in STREAM_HEADERS}
+        headers = [*(pair for pair in headers if pair[0] not in own), *STREAM_HEADERS]
+    last = b""
+    async with aclosing(reply.chunks) as chunks:
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        try:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except PoolError as error:
+            if not is_stream:
+                raise BrokenOff(str(error)) from error
+            if request is not None:
+                last = b"\n\n" + event(pool_error_body(error, request.id))
+    await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,0 +1,111 @@
+"""Metrics of a worker, for all workers of its process group in one exposition.
+
+Counters and gauges are kept by the parts themselves (`statistics()`); Prometheus' multiprocess files carry what has to be
+added up across processes. The directory for them is named before this module is imported (see `supervisor.py`); a worker
+alone needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from .guard import Guard
+
+MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
+BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+Observe = Callable[[], Iterable[tuple[str, dict[str, str], float]]]
+"""Yields (metric, labels, value) of everything that is counted elsewhere."""
+
+_NAMES: Final = {
+    "calls_local": "Calls served by the worker they landed on",
+    "calls_forwarded": "Calls forwarded to another worker",
+    "calls_rerouted": "Forwards that did not run and were routed again",
+    "calls_repeated": "Safe calls repeated after an unknown outcome",
+    "exchanges_sent": "Exchanges begun as caller",
+    "exchanges_answered": "Exchanges that ended with a complete response",
+    "exchanges_not_run": "Exchanges that provably did not run",
+    "exchanges_unknown": "Exchanges whose outcome is unknown or that broke off",
+    "exchanges_abandoned": "Exchanges whose client left",
+    "exchanges_executed": "Exchanges run as owner",
+    "exchanges_nacked": "Requests refused as owner, by reason",
+    "frames_sent": "Frames sealed for other workers",
+    "frames_received": "Frames received from other workers",
+    "envelopes_repeated": "Envelopes dropped as seen before",
+    "envelopes_refused": "Envelopes that were not ours, damaged or forged",
+    "pushes_refused": "Requests that did not get into a mailbox, by reason",
+    "sessions_opened": "Sessions opened",
+    "sessions_adopted": "Sessions taken over from another worker",
+    "sessions_lost": "Sessions another worker took over",
+    "sessions_refused": "Sessions refused for a limit",
+    "lease_renewals": "Renewals of the worker lease",
+    "lease_incarnations": "Incarnations this process has had",
+}
+_GAUGES: Final = {
+    "sessions": "Live sessions",
+    "sessions_in_flight": "Calls and streams open on live sessions",
+    "calls_waiting": "Requests being answered",
+    "redis_reachable": "Workers whose last renewal was answered",
+}
+
+
+class Telemetry:
+    """The metrics of one worker process; one instance per process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._answers = Counter(
+            "leasehold_requests", "Requests answered, by outcome", ["server", "method", "outcome"], registry=self._registry
+        )
+        self._duration = Histogram(
+            "leasehold_request_seconds",
+            "Time from a request's first byte to the first byte of its answer",
+            ["server"],
+            registry=self._registry,
+            buckets=BUCKETS,
+        )
+        self._counters = {
+            name: Counter(f"leasehold_{name}", text, ["reason"], registry=self._registry) for name, text in _NAMES.items()
+        }
+        self._gauges = {
+            name: Gauge(f"leasehold_{name}", text, registry=self._registry, multiprocess_mode="livesum")
+            for name, text in _GAUGES.items()
+        }
+        self._seen: dict[tuple[str, str], float] = {}
+        self.observe: Observe = tuple
+
+    def answered(self, server: str, method: str, guard: Guard) -> None:
+        """Count one request by the guard's verdict; `server` is "" for one that is not configured."""
+        outcome = guard.verdict if guard.started else "abandoned"
+        self._answers.labels(server, method if method in ("POST", "GET", "DELETE") else "other", outcome).inc()
+        if guard.first_byte_s is not None:
+            self._duration.labels(server).observe(guard.first_byte_s)
+
+    def collect(self) -> None:
+        """Bring what the parts have counted into the metrics; called every second and before an exposition."""
+        for name, labels, value in self.observe():
+            if name in self._gauges:
+                self._gauges[name].set(value)
+                continue
+            reason = labels.get("reason", "")
+            before = self._seen.get((name, reason), 0.0)
+            if value > before:
+                self._counters[name].labels(reason).inc(value - before)
+                self._seen[name, reason] = value
+            elif value < before:  # a part was made anew (a new incarnation's outbox)
+                self._counters[name].labels(reason).inc(value)
+                self._seen[name, reason] = value
+
+    def exposition(self) -> tuple[bytes, bytes]:
+        """(body, content type) of `/metrics`."""
+        self.collect()
+        registry = self._registry
+        if os.environ.get(MULTIPROCESS_DIR):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry), CONTENT_TYPE_LATEST.encode()
