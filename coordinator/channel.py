@@ -99,7 +99,7 @@ class Receipt:
 
 @dataclass(slots=True)
 class ReplayWindow:
-    """Which counters arrived. Pure; the order of arrival is the order of sending, so one number and the gaps suffice."""
+    """Which counters arrived. Pure; they arrive in the order they were sent, so one number and the gaps suffice."""
 
     highest: int = 0
     floor: int = 0
@@ -133,7 +133,7 @@ class ReceiveChannel:
         self.window = ReplayWindow()
 
     def open(self, envelope: bytes, counter: int) -> bytes | None:
-        """The frames inside, or None for a repetition. Raises `SealError` (and moves nothing) when it was not sealed for us."""
+        """The frames inside, or None for a repetition. Raises `SealError`, and moves nothing, if not sealed for us."""
         if self.window.seen(counter):
             return None
         head = envelope[: ENVELOPE_HEAD.size]

@@ -87,7 +87,7 @@ async def execute(client: Redis, *command: Argument) -> Any:
 async def execute_all(
     client: Redis, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
 ) -> list[Any]:
-    """Many commands in one round trip, no transaction; raises `REDIS_FAILURES`, or else returns a refusal in its place."""
+    """Many commands in one round trip, no transaction; raises `REDIS_FAILURES`, or returns a refusal in its place."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
@@ -122,7 +122,7 @@ async def translated(what: str) -> AsyncGenerator[None, None]:
 
 @asynccontextmanager
 async def overdue(limit_s: float) -> AsyncGenerator[None, None]:
-    """`asyncio.timeout` for commands. redis-py drops the connection of a command that is cut off, and its answer with it.
+    """`asyncio.timeout` for commands. redis-py drops the connection of a command that is cut off, with its answer.
 
     In two steps, for a loop that was paused (a debugger, a long computation, SIGSTOP) finds both the timer and the
     answer due: the answer is to be read first.
@@ -138,7 +138,7 @@ async def overdue(limit_s: float) -> AsyncGenerator[None, None]:
 
 @cache
 def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    """A connection class that tells "could not connect" from "broke after something was sent": redis-py raises the same."""
+    """A connection class that tells "could not connect" from "broke after something was sent": redis-py does not."""
 
     class TellingConnection(kind):
         async def connect(self) -> Any:

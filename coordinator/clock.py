@@ -32,7 +32,7 @@ class RedisClock:
     _offset_ms: float = 0.0
 
     def observe(self, run_id: str, time_ms: int, received_at: float) -> bool:
-        """Note a node's `run_id` and TIME; `received_at` is `monotonic()` when the answer came. True if the node is new."""
+        """Note a node's `run_id` and TIME; `received_at` is `monotonic()` at the answer. True if the node is new."""
         changed = run_id != self.run_id
         if changed:
             self.run_id = run_id

@@ -185,8 +185,7 @@ def bundled_server() -> Path | None:
 
 def _version(binary: Path) -> tuple[int, int] | None:
     try:
-        answer = subprocess.run([binary, "--version"], capture_output=True, timeout=START_LIMIT_S, check=False)  # noqa:
-        S603
+        answer = subprocess.run([binary, "--version"], capture_output=True, timeout=START_LIMIT_S, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(rb"\bv=(\d+)\.(\d+)", answer.stdout)

@@ -53,7 +53,7 @@ class FrameType(IntEnum):
     RECEIPT = 10
     """The answer to QUERY."""
     CHECK = 11
-    """Caller to owner, when the caller may have lost frames: is this exchange still open? A NACK says that it is not."""
+    """Caller to owner, when the caller may have lost frames: is this exchange still open? A NACK says it is not."""
 
 
 LAST: Final = 1

@@ -1,4 +1,4 @@
-"""The inbox: what came out of this worker's mailbox, opened, checked and taken apart. Synchronous; reads no Redis itself."""
+"""The inbox: what came out of this worker's mailbox, opened, checked and taken apart. Synchronous; knows no Redis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("leasehold.coordinator.inbox")
 
 @dataclass(slots=True)
 class InboxStatistics:
-    """Counts since start: frames delivered; envelopes opened, repeated (dropped silently) and refused (not ours, forged)."""
+    """Counts since start: frames delivered; envelopes opened, repeated (dropped silently), refused (forged)."""
 
     frames: int = 0
     envelopes: int = 0

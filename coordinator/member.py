@@ -198,7 +198,7 @@ class Member:
             self._told.discard(peer)
 
     async def is_alive(self, peer: str) -> bool:
-        """Whether a worker has a lease at this moment; raises `Unavailable`. See `absence_counts` for what a no means."""
+        """Whether a worker has a lease now; raises `Unavailable`. For what a no means see `absence_counts`."""
         async with translated("lease"):
             return await execute(self._lookups, "EXISTS", self._keys.lease(peer)) == 1
 
@@ -240,7 +240,7 @@ class Member:
                     self._listener.lost(self.incarnation)
 
     async def stop(self) -> None:
-        """End the lease at once, so that nobody waits for it to lapse; then `run()` finishes what is left and returns."""
+        """End the lease at once, so that nobody waits for it to lapse; then `run()` finishes its work and returns."""
         self._stopping = True
         self._fence = float("-inf")
         if self._reading:
@@ -261,7 +261,7 @@ class Member:
             await self._reader.connection_pool.disconnect()
 
     async def _finish(self) -> None:
-        """Answer what is still in the mailbox, where nothing can come in any more, and send what is still to be sent."""
+        """Answer what is still in the mailbox, where nothing comes in any more, and send what is still to be sent."""
         try:
             for generation in [*self._undrained, self._generation]:
                 await self._drain(generation)

@@ -121,7 +121,7 @@ class OutboxStatistics:
 
 
 class Outbox:
-    """Everything one incarnation sends. `on_owner_down(peer)` is called when a push finds the receiver's lease ended."""
+    """Everything one incarnation sends. `on_owner_down(peer)` is called when a push finds a receiver's lease ended."""
 
     def __init__(self, client: Redis, keys: Keys, keyring: Keyring, incarnation: str, *, mailbox_limit: int) -> None:
         self._client = client
@@ -203,7 +203,7 @@ class Outbox:
             self._moved(peer, state, generation)
 
     def forget(self, peer: str) -> None:
-        """The peer's lease has ended. What was not pushed is refused; of the rest its mailbox tells, which the caller read."""
+        """The peer's lease has ended. What was not pushed is refused; of the rest the mailbox has told."""
         self._gone.add(peer)
         self._dirty.pop(peer, None)
         state = self._peers.pop(peer, None)
@@ -294,7 +294,7 @@ class Outbox:
         )
 
     def _seal(self, state: _Peer) -> _Batch:
-        """Take what waits for one receiver, up to MAX_PUSH bytes, and seal it: requests first, then the rest in order."""
+        """Take what waits for one receiver, up to MAX_PUSH bytes, and seal it: requests first, the rest in order."""
         batch = _Batch()
         requests: list[_Queued] = []
         others: list[_Queued] = []

@@ -68,7 +68,7 @@ class Keyring:
         return self._by_id.get(key_id)
 
     def seal_record(self, plain: bytes, context: bytes) -> bytes:
-        """Seal bytes that rest in Redis. `context` (the session key) is bound in: a record moved elsewhere does not open."""
+        """Seal bytes that rest in Redis, bound to `context` (the session key): one moved elsewhere does not open."""
         key_id = self.primary.key_id
         nonce = os.urandom(NONCE_BYTES)
         return key_id + nonce + self._records[key_id].encrypt(nonce, plain, context)

@@ -86,7 +86,7 @@ def serve(
 @workers_app.command("ls")
 def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
     """List the workers that have a lease."""
-    settings = load_settings(os.environ, redis_url=redis)
+    settings = load_settings(os.environ, serving=False, redis_url=redis)
 
     async def read() -> list[dict[str, Any]]:
         client = RedisClients(_redis_url(settings)).lookups()
@@ -110,7 +110,7 @@ def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
 @sessions_app.command("ls")
 def list_sessions(redis: RedisUrl = None, as_json: Json = False) -> None:
     """List the sessions of all workers. Session ids are secrets and not known here; a session is named by their SHA-256."""
-    settings = load_settings(os.environ, redis_url=redis)
+    settings = load_settings(os.environ, serving=False, redis_url=redis)
 
     async def read() -> list[SessionRecord]:
         client = RedisClients(_redis_url(settings)).lookups()
@@ -154,7 +154,7 @@ def list_sessions(redis: RedisUrl = None, as_json: Json = False) -> None:
 @config_app.command("check")
 def check_config(config: ConfigPath = None, as_json: Json = False) -> None:
     """Check CONFIG and the LEASEHOLD_ variables; prints what would be served. Exit code 2 when something is wrong."""
-    settings = load_settings(os.environ, config=config)
+    settings = load_settings(os.environ, serving=False, config=config)
     loaded = _load(settings.config)
     rows = [
         {

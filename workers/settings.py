@@ -142,8 +142,11 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
-    """Settings from an environment and from flags (a flag that is None was not given). Raises `SettingsError`."""
+def load_settings(environ: Mapping[str, str], *, serving: bool = True, **overrides: object) -> Settings:
+    """Settings from an environment and from flags (a flag that is None was not given). Raises `SettingsError`.
+
+    Not `serving`: a command that only looks, and needs no secret.
+    """
     flags = {name: value for name, value in overrides.items() if value is not None}
     variables = _variables(environ)
     source = EnvSettingsSource(Settings)
@@ -165,7 +168,7 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         # One line for a field, however many of its items are wrong.
         for field in dict.fromkeys(str(item["loc"][0]) for item in error.errors(include_input=False)):
             problems.append(f"{name_of(field)}: {_expected(field, values.get(field))}")
-    if values.get("redis_url") and not values.get("secret"):
+    if serving and values.get("redis_url") and not values.get("secret"):
         problems.append(
             f"{name_of('secret')}: expected {Settings.model_fields['secret'].description}: required with a Redis URL, "
             "and the same for all workers"

@@ -6,6 +6,7 @@ ends a dead worker's lease at once, so that its sessions move without waiting fo
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -70,7 +71,7 @@ class Supervisor:
             metrics = tempfile.mkdtemp(prefix="leasehold-metrics-")
             resources.callback(shutil.rmtree, metrics, ignore_errors=True)
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-            from .process import run_worker  # noqa: F401, PLC0415 - imported once here, shared by all forks
+            importlib.import_module(".process", __package__)  # once, before the forks, which share its memory
 
             lifeline_read, lifeline_write = os.pipe()
             resources.callback(os.close, lifeline_write)

@@ -1,8 +1,8 @@
 """Metrics of a worker, for all workers of its process group in one exposition.
 
-Counters and gauges are kept by the parts themselves (`statistics()`); Prometheus' multiprocess files carry what has to be
-added up across processes. The directory for them is named before this module is imported (see `supervisor.py`); a worker
-alone needs none.
+Counters and gauges are kept by the parts themselves (`statistics()`); Prometheus' multiprocess files carry what has to
+be added up across processes. The directory for them is named before this module is imported (see `supervisor.py`); a
+worker alone needs none.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Telemetry:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._answers = Counter(
-            "leasehold_requests", "Requests answered, by outcome", ["server", "method", "outcome"], registry=self._registry
+            "leasehold_requests",
+            "Requests answered, by outcome",
+            ["server", "method", "outcome"],
+            registry=self._registry,
         )
         self._duration = Histogram(
             "leasehold_request_seconds",
@@ -70,7 +73,8 @@ class Telemetry:
             buckets=BUCKETS,
         )
         self._counters = {
-            name: Counter(f"leasehold_{name}", text, ["reason"], registry=self._registry) for name, text in _NAMES.items()
+            name: Counter(f"leasehold_{name}", text, ["reason"], registry=self._registry)
+            for name, text in _NAMES.items()
         }
         self._gauges = {
             name: Gauge(f"leasehold_{name}", text, registry=self._registry, multiprocess_mode="livesum")

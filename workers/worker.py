@@ -36,9 +36,16 @@ class Worker:
     """A gateway worker. An ASGI application once `running()` was entered; made after fork, never before."""
 
     def __init__(
-        self, settings: Settings, config: Config, *, redis_url: str, secrets: list[bytes], ephemeral: bool, index: int = 0
+        self,
+        settings: Settings,
+        config: Config,
+        *,
+        redis_url: str,
+        secrets: list[bytes],
+        ephemeral: bool,
+        index: int = 0,
     ) -> None:
-        """`ephemeral`: Redis ends with this process group, so sessions are ended upstream at a stop rather than left to adopt."""
+        """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt them."""
         self.settings = settings
         self._ephemeral = ephemeral
         clients = RedisClients(redis_url)
@@ -138,7 +145,7 @@ class Worker:
             logger.error("start_without_redis place=%s: unready until it answers", self._redis_place)  # noqa: TRY400
 
     async def _forever(self, work: Coroutine[Any, Any, None]) -> None:
-        """Background work whose failure must not end the worker silently: it is logged, and the task group ends the worker."""
+        """Background work whose failure must not go unseen: it is logged, and the task group ends the worker."""
         try:
             await work
         except Exception:
