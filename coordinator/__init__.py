@@ -4,7 +4,7 @@ from .client import RedisClients
 from .directory import Claimed, Directory, Registration, SessionRecord
 from .errors import CoordinatorError, LeaseLost, SealError, Unavailable
 from .keys import Keys, session_key
-from .member import Listener, Member, PeerInfo, list_peers
+from .member import Fate, Listener, Member, PeerInfo, end_lease, list_peers
 from .outbox import Outbox, Refusal, Ticket
 from .sealing import Keyring
 
@@ -12,6 +12,7 @@ __all__ = [
     "Claimed",
     "CoordinatorError",
     "Directory",
+    "Fate",
     "Keyring",
     "Keys",
     "LeaseLost",
@@ -26,6 +27,7 @@ __all__ = [
     "SessionRecord",
     "Ticket",
     "Unavailable",
+    "end_lease",
     "list_peers",
     "session_key",
 ]

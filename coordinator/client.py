@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any, Final
@@ -67,6 +67,9 @@ class RedisClients:
             socket_timeout=timeout_s,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
+            # With RESP3, redis-py 8 listens for maintenance notices, and so hands out idle connections without seeing that
+            # they are broken: what is then sent over one is in doubt for no reason.
+            protocol=2,
             client_name="leasehold",
         )
         pool.connection_class = _telling(pool.connection_class)
@@ -146,5 +149,12 @@ def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
                 return await super().connect()
             except REDIS_FAILURES as error:
                 raise NotConnected(f"{type(error).__name__}: {error}") from error
+
+        async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:
+                # What uvloop raises for a write to a connection that has just closed.
+                raise NotConnected(str(error)) from error
 
     return TellingConnection

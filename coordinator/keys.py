@@ -4,6 +4,7 @@ Keys that meet in one script or one blocking pop share a hash tag, so that Redis
 ids are bearer secrets and may hold any character: only their SHA-256 is written.
 
     <namespace>:{w:<incarnation>}:lease        hash   gen, info; PX = lease
+    <namespace>:{w:<incarnation>}:ended        string the worker's end is known, not only its lease missing; PX
     <namespace>:{w:<incarnation>}:box:<gen>    list   sealed envelopes for that worker; PX = BOX_TTL_MS
     <namespace>:{s:<sha256 of session id>}     hash   owner, epoch, upstream, principal, created_ms, resume; PX
 """
@@ -28,6 +29,9 @@ class Keys:
 
     def lease(self, incarnation: str) -> str:
         return f"{self.namespace}:{{w:{incarnation}}}:lease"
+
+    def ended(self, incarnation: str) -> str:
+        return f"{self.namespace}:{{w:{incarnation}}}:ended"
 
     def mailbox(self, incarnation: str, generation: int) -> str:
         return f"{self.namespace}:{{w:{incarnation}}}:box:{generation}"

@@ -25,6 +25,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final, Protocol
 
 import orjson
@@ -65,6 +66,27 @@ FLUSH_S: Final = 1.0
 """How long a clean stop waits for its last frames to be written."""
 _WAKE: Final = b""
 """An element that is no envelope: it only ends the blocking pop."""
+
+
+class Fate(Enum):
+    """What is known of another worker."""
+
+    ALIVE = "alive"
+    ENDED = "ended"
+    """It ended, on its own or its supervisor's word."""
+    ABSENT = "absent"
+    """It has no lease; what that means, see `Member.absence_counts`."""
+
+
+def end_lease(keys: Keys, incarnation: str) -> list[tuple[str | int, ...]]:
+    """The commands that end a lease at once. Incarnations are random: a worker's successor can never be hit.
+
+    The mark is evidence where the mere absence of a lease is none yet: whoever sees it need not wait.
+    """
+    return [
+        ("DEL", keys.lease(incarnation)),
+        ("SET", keys.ended(incarnation), 1, "PX", MAILBOX_TTL_MS),
+    ]
 
 
 class Listener(Protocol):
@@ -197,10 +219,13 @@ class Member:
             del self._watched[peer]
             self._told.discard(peer)
 
-    async def is_alive(self, peer: str) -> bool:
-        """Whether a worker has a lease now; raises `Unavailable`. For what a no means see `absence_counts`."""
+    async def fate(self, peer: str) -> Fate:
+        """Whether a worker has a lease now, or said (or its supervisor did) that it has ended; raises `Unavailable`."""
         async with translated("lease"):
-            return await execute(self._lookups, "EXISTS", self._keys.lease(peer)) == 1
+            alive, ended = await execute_all(
+                self._lookups, [("EXISTS", self._keys.lease(peer)), ("EXISTS", self._keys.ended(peer))]
+            )
+        return Fate.ENDED if ended else Fate.ALIVE if alive else Fate.ABSENT
 
     async def run(self) -> None:
         """Live: acquire, read and renew, and when the lease is lost begin again. Ends after `stop()`."""
@@ -250,7 +275,7 @@ class Member:
         """End the lease, and the blocking pop."""
         mailbox = self._keys.mailbox(self.incarnation, self._generation)
         commands = [
-            ("DEL", self._keys.lease(self.incarnation)),
+            *end_lease(self._keys, self.incarnation),
             ("RPUSH", mailbox, _WAKE),
             ("PEXPIRE", mailbox, MAILBOX_TTL_MS),
         ]

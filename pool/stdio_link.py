@@ -193,8 +193,12 @@ class StdioLink:
         return Reply(200, list(_SSE), events)
 
     async def delete(self, headers: Headers) -> Reply:
-        """End the session: its process is on its way out when this returns."""
+        """End the session: its process is on its way out when this returns. Requests in flight end with an error."""
         self._check_open()
+        message = f"upstream {self.name!r}: the session is closed: its client has ended it"
+        for stream in self._router.requests():
+            self._let_go(stream)
+            self._settle(stream, error_body(SERVER_ERROR, message, id=stream.id, data={"outcome": "unknown"}))
         self._end("its client has ended it")
         return Reply(200, [], _once(b""))
 
@@ -248,10 +252,21 @@ class StdioLink:
             return
         stream = self._router.find(id)
         if stream is not None:
+            self._let_go(stream)
             error = error_body(REQUEST_CANCELLED, "Request cancelled", id=id)
-            self._loop.call_later(CANCEL_GRACE_S, self._expire, stream, error)
+            self._loop.call_later(CANCEL_GRACE_S, self._settle, stream, error)
 
-    def _expire(self, stream: LineStream, error: bytes) -> None:
+    @staticmethod
+    def _let_go(stream: LineStream) -> None:
+        """The client no longer waits for this request: what still comes, comes as events.
+
+        Both majors of the Python SDK's client fail as a whole (ClosedResourceError) when plain JSON answers a request of
+        a session they are closing; an event they drop. The SDK's server answers a cancelled request so too.
+        """
+        stream.as_events = True
+
+    def _settle(self, stream: LineStream, error: bytes) -> None:
+        """Answer a request in the server's place, unless it is answered."""
         if self._unsent.pop(stream, None) is None:
             self._router.settle(stream, error)
         else:

@@ -89,6 +89,10 @@ class Router:
         """The open stream of a request."""
         return self._open.get(id)
 
+    def requests(self) -> list[LineStream]:
+        """The open streams of all requests, oldest first."""
+        return list(self._open.values())
+
     def open(self, stream: LineStream) -> None:
         """Let a request's stream, or the GET stream, receive messages: the backlog first."""
         if stream.id is None:

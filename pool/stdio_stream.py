@@ -23,7 +23,7 @@ def _nothing() -> None:
 class LineStream:
     """Lines on their way to one client: to the POST of request `id`, or to the GET stream (`id` is None)."""
 
-    __slots__ = ("_lines", "_size", "ended", "error", "id", "limit", "token", "wake")
+    __slots__ = ("_lines", "_size", "as_events", "ended", "error", "id", "limit", "token", "wake")
 
     def __init__(
         self,
@@ -37,6 +37,8 @@ class LineStream:
         self.token = None if isinstance(token, bool) else token
         self.limit = limit
         self.wake: Callable[[], None] = _nothing
+        self.as_events = False
+        """Whether even a lone response is sent as an event."""
         self.ended = False
         self.error: Exception | None = None
         self._lines: deque[bytes] = deque()
@@ -51,8 +53,8 @@ class LineStream:
 
     @property
     def is_answer(self) -> bool:
-        """True when all it holds, and ever will, is the response."""
-        return self.ended and self.error is None and len(self._lines) == 1
+        """True when all it holds, and ever will, is the response, and that may go as plain JSON."""
+        return self.ended and self.error is None and len(self._lines) == 1 and not self.as_events
 
     def push(self, line: bytes, *, last: bool = False) -> bool:
         """Add a line; false when the stream has ended or already holds its limit: then nothing was added."""

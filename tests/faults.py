@@ -52,6 +52,11 @@ class Proxy:
         if mode is Mode.RESET:
             self.break_all()
 
+    def retarget(self, url: str) -> None:
+        """Break all connections; new ones reach another Redis."""
+        self._target = urlsplit(url)
+        self.break_all()
+
     def break_all(self) -> None:
         """Break all connections that are open now."""
         for writer in self._writers:
@@ -100,8 +105,8 @@ class Proxy:
                     await asyncio.sleep(self.delay_s)
                 writer.write(data)
                 await writer.drain()
-        except OSError:
-            pass
+        except (OSError, RuntimeError):
+            pass  # uvloop raises RuntimeError for a write to a connection that has just closed
         finally:
             writer.transport.abort()
 

@@ -1,8 +1,9 @@
-"""Channels: whatever Redis does to a mailbox, nothing is delivered twice, out of order, or declared lost and then run."""
+"""Channels: whatever Redis does to a mailbox, nothing is delivered twice or out of order, or called lost and run."""
 
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -152,7 +153,7 @@ class TestInbox:
     def test_workers_of_neighbouring_rotation_steps_understand_each_other(self) -> None:
         old, new = b"old" * 11, b"new" * 11
         steps = [Keyring([old]), Keyring([old, new]), Keyring([new, old]), Keyring([new])]
-        for before, after in zip(steps, steps[1:], strict=False):
+        for before, after in pairwise(steps):
             for ours, theirs in ((before, after), (after, before)):
                 inbox, got = self.make(ours)
                 inbox.receive(self.envelope(theirs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +55,7 @@ def test_b19_a_sealed_record_shows_nothing_of_what_it_holds() -> None:
 
 def test_secrets_rotate_in_three_steps_and_each_step_opens_what_the_one_before_sealed() -> None:
     steps = [Keyring([OLD]), Keyring([OLD, NEW]), Keyring([NEW, OLD]), Keyring([NEW])]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         for sealing, opening in ((before, after), (after, before)):
             assert opening.open_record(sealing.seal_record(b"resume", b"s"), b"s") == b"resume"
             assert opening.mac_matches(b"id", b"session", sealing.mac(b"id", b"session"))

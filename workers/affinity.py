@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ..coordinator import Member, Registration, SealError, SessionRecord, Unavailable
+from ..coordinator import Fate, Member, Registration, SealError, SessionRecord, Unavailable
 from ..pool import Message, OpenFailed, PoolFull
 from ..pool.jsonrpc import RequestId
 from .answers import JSON, outcome_body, session_not_found, unavailable
@@ -31,11 +31,14 @@ from .sessions import Owned, Sessions
 
 logger = logging.getLogger("leasehold.workers.affinity")
 
+OWNER: Final = "leasehold.owner"
+"""Scope key under which the incarnation that serves a request is noted, for whoever wants to show it."""
+
 MAX_ROUTES: Final = 8
 """How often one request is routed before its caller is told to come back."""
 BACKOFF_S: Final = (0.02, 0.2)
-ABSENCE_WAIT_S: Final = 2.0
-"""How long a request waits for a record or lease that may only be late: an owner that lost it writes it again in under a second."""
+HOLD_MARGIN_S: Final = 0.5
+"""A request waits this much longer than a lease for what may only be late: by then it is there, or its absence is evidence."""
 MAX_ROUTES_KEPT: Final = 100_000
 
 SAFE_METHOD: Final = re.compile(r"ping|[a-z]+(/[a-z]+)*/(list|read|get)")
@@ -85,10 +88,12 @@ class Affinity:
                 if not self._sessions.holds(where):
                     await self._wait_held(where, call)
                 self.local += 1
+                call.scope[OWNER] = self._member.incarnation
                 await self._serve(where, call, receive, guard.send)
                 return
             try:
                 self.forwarded += 1
+                call.scope[OWNER] = where.owner
                 await self._forwarder.forward(where, call.key, call.scope, call.body, receive, guard.send)
                 return
             except NotRun as refusal:
@@ -123,7 +128,7 @@ class Affinity:
 
     async def _wait_held(self, owned: Owned, call: Call) -> None:
         """Our lease ended: wait a moment for the new one and the re-claim, instead of failing at once."""
-        until = asyncio.get_running_loop().time() + ABSENCE_WAIT_S
+        until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S
         while not self._sessions.holds(owned):
             if owned.session.is_closed:
                 raise session_not_found(call.id)
@@ -151,7 +156,7 @@ class Affinity:
         return found
 
     async def _find(self, key: str) -> Owned | Registration | None:
-        until = asyncio.get_running_loop().time() + ABSENCE_WAIT_S
+        until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S
         while True:
             owned = self._sessions.get(key)
             if owned is not None:
@@ -159,7 +164,7 @@ class Affinity:
             found = await self._look(key)
             if not isinstance(found, _Absent):
                 return found
-            if self._member.absence_counts():
+            if found.certain or self._member.absence_counts():
                 return await self._absent(found.record)
             if asyncio.get_running_loop().time() > until:
                 raise Unavailable("absence is not evidence yet")
@@ -174,8 +179,9 @@ class Affinity:
         if owner == member.incarnation:
             # Ours by the record, not live here: it is being opened or closed at this moment.
             return self._sessions.get(key) or _Absent(record)
-        if not await member.is_alive(owner):
-            return _Absent(record)
+        fate = await member.fate(owner)
+        if fate is not Fate.ALIVE:
+            return _Absent(record, certain=fate is Fate.ENDED)
         if len(self._routes) >= MAX_ROUTES_KEPT:
             self._routes.clear()
         self._routes[key] = record.registration
@@ -202,9 +208,10 @@ class Affinity:
 
 @dataclass(frozen=True, slots=True)
 class _Absent:
-    """There is no record, or one whose owner has no lease."""
+    """There is no record, or one whose owner has no lease; `certain` when the owner is known to have ended."""
 
     record: SessionRecord | None
+    certain: bool = False
 
 
 def is_safe(message: Message | None, idempotent_tools: frozenset[str]) -> bool:

@@ -124,6 +124,9 @@ class Settings(BaseSettings):
     max_waiting: int = _number(10_000, 1, 1_000_000)
     """Calls in flight in one worker; above it they get 503."""
 
+    route_headers: bool = Field(False, description="true or false")
+    """Whether answers say which worker they landed on and which one owns the session: for demos and debugging."""
+
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LOWER] = Field(
         "info", description="debug, info, warning, error or critical"
     )

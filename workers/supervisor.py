@@ -21,7 +21,7 @@ from typing import Final
 
 import redis
 
-from ..coordinator import Keys, RedisClients
+from ..coordinator import Keys, RedisClients, end_lease
 from ..coordinator.embedded import EmbeddedRedis
 from ..pool import Config
 from .settings import Settings
@@ -182,7 +182,8 @@ class Supervisor:
         with suppress(redis.RedisError, OSError):
             client = _sync_client(self._redis_url, NOTICE_TIMEOUT_S)
             with client:
-                client.delete(Keys(self._settings.namespace).lease(incarnation))
+                for command in end_lease(Keys(self._settings.namespace), incarnation):
+                    client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
             logger.info("lease_ended incarnation=%s", incarnation[:8])
 
     def _stop_children(self) -> None:

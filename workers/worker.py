@@ -15,8 +15,8 @@ from ..coordinator import Keyring, Keys, Member, RedisClients, Unavailable
 from ..coordinator.channel import Receipt
 from ..coordinator.frames import Frame
 from ..pool import Config, SessionPool
-from .affinity import Affinity
-from .asgi import Receive, Scope, Send
+from .affinity import OWNER, Affinity
+from .asgi import Message, Receive, Scope, Send
 from .door import LOOPBACK, Door
 from .forwarder import Forwarder
 from .gateway import Gateway
@@ -92,7 +92,20 @@ class Worker:
         self.on_joined: Callable[[str], None] = lambda _incarnation: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.settings.route_headers and scope["type"] == "http":
+            send = self._show_route(scope, send)
         await self.gateway(scope, receive, send)
+
+    def _show_route(self, scope: Scope, send: Send) -> Send:
+        async def showing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                here = self.member.incarnation
+                route = ((b"leasehold-worker", here), (b"leasehold-owner", scope.get(OWNER, here)))
+                headers = [*message.get("headers", ()), *((name, value[:8].encode()) for name, value in route)]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        return showing
 
     def __repr__(self) -> str:
         return f"<Worker {self.member.incarnation[:8] or '-'} ready={self.gateway.ready} {self.pool!r}>"
