@@ -36,7 +36,7 @@ acceptance: setup $(ENVS)/sdk1/.done $(ENVS)/fastmcp/.done $(ENVS)/node/.done ##
 	$(PYTEST) -m acceptance $(ARGS)
 
 conformance: setup $(ENVS)/node/.done ## run the protocol's conformance suite through four workers
-	$(BIN)/python tests/acceptance/conformance_gateway.py $(ARGS)
+	$(BIN)/python tests/acceptance/conformance.py $(ARGS)
 
 bench: setup ## measure what a hop costs
 	$(BIN)/python bench/hop.py $(ARGS)

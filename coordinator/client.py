@@ -67,8 +67,8 @@ class RedisClients:
             socket_timeout=timeout_s,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
-            # With RESP3, redis-py 8 listens for maintenance notices, and so hands out idle connections without seeing that
-            # they are broken: what is then sent over one is in doubt for no reason.
+            # With RESP3, redis-py 8 listens for maintenance notices, and so hands out idle connections without noticing
+            # that they are broken: what is then sent over one is in doubt for no reason.
             protocol=2,
             client_name="leasehold",
         )

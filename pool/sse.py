@@ -18,7 +18,8 @@ STREAM_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 
-_BLANK = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# Atomic: the two halves of a CR LF are never taken for two line ends.
+_BLANK = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE = re.compile(rb"\r\n|\n|\r")
 
 
@@ -34,6 +35,7 @@ class EventSplitter:
         self._limit = limit
         self._pending = bytearray()
         self._skipping = False
+        self._after_cr = False
 
     @property
     def at_boundary(self) -> bool:
@@ -41,7 +43,11 @@ class EventSplitter:
         return not self._pending and not self._skipping
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The data of the events that `chunk` completes."""
+        """The data of the events that `chunk` completes. To be iterated to its end."""
+        if self._after_cr and chunk:
+            # The CR that ended the last event was the first half of a CR LF.
+            self._after_cr = False
+            chunk = chunk.removeprefix(b"\n")
         pending = self._pending
         # A blank line may straddle the chunks: search again from just before the seam.
         start = max(0, len(pending) - 3)
@@ -50,14 +56,13 @@ class EventSplitter:
         while match := _BLANK.search(pending, max(start, consumed)):
             block = bytes(pending[consumed : match.start()])
             consumed = match.end()
-            if self._skipping:
-                self._skipping = False
-                continue
-            data = event_data(block)
+            self._after_cr = match[0].endswith(b"\r") and consumed == len(pending)
+            data = b"" if self._skipping or len(block) > self._limit else event_data(block)
+            self._skipping = False
             if data:
                 yield data
         del pending[:consumed]
-        if len(pending) > self._limit:
+        if self._skipping or len(pending) > self._limit + 2:  # 2: as much of the blank line as may be here already
             del pending[:-3]
             self._skipping = True
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
-
-import anyio
 
 from .errors import BodyTooLarge, Disconnected
 
@@ -65,29 +62,39 @@ async def respond(send: Send, status: int, body: bytes, headers: Headers, *, hea
     await send({"type": "http.response.body", "body": b"" if head_only else body})
 
 
-@contextmanager
-def until_disconnect(receive: Receive) -> Iterator[None]:
-    """Run the block until the client leaves; then the block is cancelled and `Disconnected` raised. The body must be read."""
-    loop = asyncio.get_running_loop()
-    scope = anyio.CancelScope()
-    watch: asyncio.Task[None] | None = None
+class until_disconnect:  # noqa: N801
+    """Run the block until the client leaves; then the block is cancelled and `Disconnected` raised. The body must be read.
 
-    async def wait_for_disconnect() -> None:
-        while (await receive())["type"] != "http.disconnect":
+    As `asyncio.timeout`, with another cause: one timer for a block that ends soon, a task only for one that does not.
+    """
+
+    __slots__ = ("_cancelling", "_left", "_receive", "_task", "_timer", "_watch")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._left = False
+        self._watch: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        # If somebody else cancelled the task too, that goes on.
+        if self._left and self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise Disconnected from error
+
+    def _start(self) -> None:
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        scope.cancel()
-
-    def start() -> None:
-        nonlocal watch
-        watch = loop.create_task(wait_for_disconnect())
-
-    timer = loop.call_later(WATCH_AFTER_S, start)
-    try:
-        with scope:
-            yield
-    finally:
-        timer.cancel()
-        if watch is not None:
-            watch.cancel()
-    if scope.cancelled_caught:
-        raise Disconnected
+        self._left = True
+        self._task.cancel()

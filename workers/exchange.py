@@ -71,6 +71,14 @@ class _Wakeable:
                 self._waiter = None
         return self._frames.popleft()
 
+    def take_end(self) -> bool:
+        """Take the END of a complete response, if it is the very next frame."""
+        frames = self._frames
+        if frames and frames[0].type is FrameType.END and not frames[0].flags & ABORT:
+            frames.popleft()
+            return True
+        return False
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -129,7 +129,10 @@ class Forwarder:
                 raise
             match frame.type:
                 case FrameType.CHUNK:
-                    await send({"type": "http.response.body", "body": frame.payload, "more_body": True})
+                    done = exchange.take_end()  # it mostly comes along; then the client needs no write of its own for it
+                    await send({"type": "http.response.body", "body": frame.payload, "more_body": not done})
+                    if done:
+                        return
                     exchange.grant(len(frame.payload))
                 case FrameType.HEAD:
                     status, headers = unpack_head(frame.payload)

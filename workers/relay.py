@@ -88,7 +88,11 @@ async def _stream(reply: Reply, request: Message | None, send: Send) -> None:
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
             async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if not is_stream:
+                    # One piece behind: the last one, mostly the only one, then says itself that it is the last.
+                    chunk, last = last, chunk
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except PoolError as error:
             if not is_stream:
                 raise BrokenOff(str(error)) from error

@@ -1,9 +1,12 @@
-"""Runs the public conformance suite against a URL and compares: what passes directly has to pass here.
+"""`make conformance`: the public conformance suite through four workers, every request on the next one.
 
-Without `--expect` and `--against` every scenario has to pass.
+Whatever the fixture upstream passes directly has to pass through the gateway, in every run.
 """
 
+from __future__ import annotations
+
 import argparse
+import asyncio
 import json
 import re
 import subprocess
@@ -12,7 +15,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from environments import ensure_node, node_environment, package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from acceptance.environments import node, node_environment, package
+from fleet import run_example, run_fleet
 
 SUMMARY = re.compile(r"^([✓✗]) (\S+): \d+ passed, \d+ failed$", re.MULTILINE)
 FOLDER = re.compile(r"^server-(.+)-\d{4}-\d\d-\d\dT[\d-]+Z?$")
@@ -31,7 +37,7 @@ class Results:
     def passed(self) -> int:
         return sum(self.scenarios.values())
 
-    def lacks(self, expected: "Results") -> list[str]:
+    def lacks(self, expected: Results) -> list[str]:
         """Everything that passes in `expected` and not here."""
         missing = [
             scenario for scenario, passed in expected.scenarios.items() if passed and not self.scenarios.get(scenario)
@@ -51,7 +57,7 @@ def run_suite(url: str, requirements: str, timeout_s: float = 300) -> Results:
     results = Results()
     suite = package("@modelcontextprotocol/conformance", "dist/index.js")
     with tempfile.TemporaryDirectory() as folder:
-        command = [ensure_node(), suite, "server", "--url", url, "--requirements", requirements, "--output-dir", folder]
+        command = [node(), suite, "server", "--url", url, "--requirements", requirements, "--output-dir", folder]
         done = subprocess.run(
             command, env=node_environment(), capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -85,38 +91,38 @@ def show(results: Results, title: str) -> None:
     print(f"{results.passed} of {len(results.scenarios)}", flush=True)
 
 
+async def compare(requirements: str, runs: int, at_random: bool) -> bool:
+    """Run the suite directly, then through a fleet, and show both; whether nothing got lost on the way."""
+    with tempfile.TemporaryDirectory() as name, run_example("conformance_upstream.py", Path(name)) as upstream:
+        direct = await asyncio.to_thread(run_suite, upstream.url, requirements)
+        show(direct, f"{requirements} directly")
+        missing = []
+        async with run_fleet(Path(name), {"everything": {"url": upstream.url}}, at_random=at_random) as fleet:
+            assert fleet.proxy is not None
+            for number in range(1, runs + 1):
+                results = await asyncio.to_thread(run_suite, fleet.url("everything"), requirements)
+                show(results, f"{requirements} run {number}")
+                missing += results.lacks(direct)
+            local, forwarded = (
+                await asyncio.to_thread(fleet.metric, f"leasehold_calls_{how}") for how in ("local", "forwarded")
+            )
+            print(f"requests local {local:g}, forwarded {forwarded:g}, per worker {fleet.proxy.served}")
+    for line in missing:
+        print(f"passes directly, not through the gateway: {line}")
+    return not missing
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--requirements", default="2025-11-25", choices=["2025-11-25", "2026-07-28"])
-    parser.add_argument("--runs", type=int, default=1)
-    reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--against", metavar="URL", help="run against this URL first, and expect what passes there")
-    reference.add_argument("--expect", type=Path, metavar="FILE", help="expect what passes in a file of --save")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the first run to this file")
-    args = parser.parse_args()
-
-    expected = None
-    if args.against:
-        expected = run_suite(args.against, args.requirements)
-        show(expected, f"{args.requirements} directly")
-    elif args.expect:
-        expected = Results(**json.loads(args.expect.read_text()))
-
-    failed = False
-    for number in range(1, args.runs + 1):
-        results = run_suite(args.url, args.requirements)
-        show(results, f"{args.requirements} run {number}")
-        if args.save and number == 1:
-            content = {"scenarios": results.scenarios, "checks": results.checks}
-            args.save.write_text(json.dumps(content, indent=1) + "\n")
-        if expected is None:
-            failed |= results.passed < len(results.scenarios)
-            continue
-        for missing in results.lacks(expected):
-            failed = True
-            print(f"passes directly, not here: {missing}", flush=True)
-    return 1 if failed else 0
+    parser.add_argument("--requirements", action="append", choices=["2025-11-25", "2026-07-28"])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--random", action="store_true", help="a random worker instead of the next one")
+    arguments = parser.parse_args()
+    same = [
+        asyncio.run(compare(requirements, arguments.runs, arguments.random))
+        for requirements in arguments.requirements or ["2025-11-25", "2026-07-28"]
+    ]
+    return 0 if all(same) else 1
 
 
 if __name__ == "__main__":

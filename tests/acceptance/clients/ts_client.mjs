@@ -1,10 +1,13 @@
 // Counter client on the TypeScript SDK: 1.x (`--sdk 1`, the default) or the 2.x client (`--sdk 2`).
 import { readFileSync, writeFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { join } from "node:path";
 import { parseArgs } from "node:util";
 
 const { values: args } = parseArgs({
   options: {
     url: { type: "string" },
+    packages: { type: "string" }, // a node_modules folder
     sessions: { type: "string", default: "20" },
     calls: { type: "string", default: "50" },
     tag: { type: "string", default: "ts" },
@@ -13,21 +16,18 @@ const { values: args } = parseArgs({
   },
 });
 
+const require = createRequire(join(args.packages, "any.js"));
 const name = args.sdk === "2" ? "@modelcontextprotocol/client" : "@modelcontextprotocol/sdk";
 
-async function load() {
-  if (args.sdk === "2") {
-    const { Client, StreamableHTTPClientTransport } = await import("@modelcontextprotocol/client");
-    return { Client, StreamableHTTPClientTransport };
-  }
-  const { Client } = await import("@modelcontextprotocol/sdk/client/index.js");
-  const { StreamableHTTPClientTransport } = await import("@modelcontextprotocol/sdk/client/streamableHttp.js");
+function load() {
+  if (args.sdk === "2") return require("@modelcontextprotocol/client");
+  const { Client } = require("@modelcontextprotocol/sdk/client/index.js");
+  const { StreamableHTTPClientTransport } = require("@modelcontextprotocol/sdk/client/streamableHttp.js");
   return { Client, StreamableHTTPClientTransport };
 }
 
 function version() {
-  const path = new URL(`../node_modules/${name}/package.json`, import.meta.url);
-  return JSON.parse(readFileSync(path, "utf8")).version;
+  return JSON.parse(readFileSync(join(args.packages, name, "package.json"), "utf8")).version;
 }
 
 // What was wrong; the n-th call of a session returns n.
@@ -50,7 +50,7 @@ async function count({ Client, StreamableHTTPClientTransport }, index, calls) {
 const sessions = Number(args.sessions);
 const calls = Number(args.calls);
 const started = performance.now();
-const sdk = await load();
+const sdk = load();
 const outcomes = await Promise.allSettled(Array.from({ length: sessions }, (_, index) => count(sdk, index, calls)));
 const errors = outcomes.flatMap((outcome, index) =>
   outcome.status === "fulfilled" ? outcome.value : [`session ${index}: ${outcome.reason}`],
