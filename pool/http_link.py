@@ -208,7 +208,9 @@ class HttpLink:
     async def aclose(self) -> None:
         self._closed.set()
 
-    async def _request(self, method: str, headers: Headers, body: bytes | None, read_timeout_s: float | None) -> ClientResponse:
+    async def _request(
+        self, method: str, headers: Headers, body: bytes | None, read_timeout_s: float | None
+    ) -> ClientResponse:
         if self.is_closed:
             raise SessionClosed("the upstream session has ended")
         attempt = _Attempt(self._fence, has_body=body is not None)

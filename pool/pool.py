@@ -7,16 +7,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from .errors import PoolFull
 from .http_link import HttpClients, HttpLink
 from .link import Fence, Link, ResumeRecord, unfenced
-from .session import OpenLink, PooledSession, State
+from .session import CLOSE_GRACE_S, CLOSE_TIMEOUT_S, PooledSession, State
 from .stdio_link import StdioLink
 from .upstream import HttpTarget, Upstream
 
 logger = logging.getLogger("leasehold.pool")
+
+K = TypeVar("K")
 
 SWEEP_EVERY_S: Final = 1.0
 
@@ -34,7 +36,7 @@ class PoolStatistics:
 
 
 class SessionPool:
-    """Owns the sessions of this process. Run `run()` in a task; it parents every owner task.
+    """Owns the sessions of this process. Run `run()` in a task; no owner task outlives it, unless its link ignores cancellation.
 
     `on_closed(session)` is called once when a session has ended, for whatever reason.
     """
@@ -45,11 +47,12 @@ class SessionPool:
         self._clients = HttpClients()
         self._sessions: dict[str, PooledSession] = {}
         self._stateless: dict[str, HttpLink] = {}
-        self._tasks: asyncio.TaskGroup | None = None
+        self._owners: set[asyncio.Task[None]] = set()
+        self._is_open = False
         self._closing = asyncio.Event()
         self._opened = self._resumed = self._refused = 0
         self._closed: Counter[str] = Counter()
-        # Invariant: what these count is in `_sessions`, or still closing; `open` adds, the end of the owner task takes.
+        # Invariant: what these count is in `_sessions`, or still closing; `open` adds, the end of the session takes.
         self._per_upstream: Counter[str] = Counter()
         self._per_principal: Counter[tuple[str, str]] = Counter()
 
@@ -88,15 +91,20 @@ class SessionPool:
         """
         if resume is None:
             self._check_limits(upstream, principal)
-        if self._tasks is None or self._closing.is_set():
+        if not self._is_open:
             raise PoolFull("the pool is closing")
+        replaced = self._sessions.get(key)
+        if replaced is not None:
+            replaced.abandon("replaced")
         session = PooledSession(key, upstream, principal)
         self._sessions[key] = session
         self._per_upstream[upstream.name] += 1
         self._per_principal[upstream.name, principal] += 1
-        self._tasks.create_task(
-            self._own(session, lambda: self._open_link(upstream, fence, resume)), name=f"owner-{key[:8]}"
+        owner = asyncio.get_running_loop().create_task(
+            session.own(lambda: self._open_link(upstream, fence, resume), self._forget), name=f"owner-{key[:8]}"
         )
+        self._owners.add(owner)
+        owner.add_done_callback(self._owners.discard)
         try:
             await session.wait_open()
         except BaseException:
@@ -124,20 +132,23 @@ class SessionPool:
         return link
 
     async def run(self) -> None:
-        """Parent the owner tasks and end idle sessions, until `close()`; then end all, bounded in time."""
+        """End idle sessions, until `close()` or cancelled; then end all, bounded in time."""
+        self._is_open = not self._closing.is_set()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                while not self._closing.is_set():
-                    try:
-                        async with asyncio.timeout(SWEEP_EVERY_S):
-                            await self._closing.wait()
-                    except TimeoutError:
-                        self._sweep()
-                for session in self.sessions():
-                    session.close("shutdown")
+            while not self._closing.is_set():
+                try:
+                    async with asyncio.timeout(SWEEP_EVERY_S):
+                        await self._closing.wait()
+                except TimeoutError:
+                    self._sweep()
         finally:
-            self._tasks = None
+            self._is_open = False
+            for session in self.sessions():
+                session.close("shutdown")
+            if self._owners:
+                _, overdue = await asyncio.wait(self._owners, timeout=CLOSE_TIMEOUT_S + 2 * CLOSE_GRACE_S)
+                if overdue:
+                    logger.error("owners_left_behind count=%d", len(overdue))
             await self._clients.aclose()
 
     def close(self) -> None:
@@ -179,17 +190,11 @@ class SessionPool:
             call_timeout=upstream.call_timeout_s,
         )
 
-    async def _own(self, session: PooledSession, open_link: OpenLink) -> None:
-        try:
-            await session.own(open_link)
-        finally:
-            self._forget(session)
-
     def _forget(self, session: PooledSession) -> None:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
-        self._per_upstream[session.upstream.name] -= 1
-        self._per_principal[session.upstream.name, session.principal] -= 1
+        _take_one(self._per_upstream, session.upstream.name)
+        _take_one(self._per_principal, (session.upstream.name, session.principal))
         self._closed[session.close_reason or "lost"] += 1
         self.on_closed(session)
 
@@ -197,3 +202,10 @@ class SessionPool:
         for session in self.sessions():
             if session.state is State.READY and session.idle_s > session.upstream.idle_ttl_s:
                 session.close("idle")
+
+
+def _take_one(counter: Counter[K], key: K) -> None:
+    """Count one down; what has come to nothing is forgotten, for principals come and go without end."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -25,6 +25,8 @@ logger = logging.getLogger("leasehold.pool.session")
 
 OPEN_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 10.0
+CLOSE_GRACE_S: Final = 1.0
+"""How long after its time a close that was cancelled may still take; then the session counts as ended without it."""
 
 
 class State(Enum):
@@ -61,7 +63,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
 }
 """Every transition there is; any other pair is a bug and raises KeyError."""
 
-ENDS_UPSTREAM: Final = frozenset({"idle", "shutdown", "unregistered"})
+ENDS_UPSTREAM: Final = frozenset({"idle", "shutdown", "unregistered", "not_initialized"})
 """Reasons to close after which the upstream session would live on unknown to anybody: it is told (DELETE)."""
 
 OpenLink = Callable[[], Awaitable[Link]]
@@ -81,6 +83,7 @@ class PooledSession:
         self.keeps_record = False
         """Whether the session lives on elsewhere: its upstream side and its registration are not to be ended."""
         self._link: Link | None = None
+        self._opening: asyncio.Timeout | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._close_asked = asyncio.Event()
         self._ended = asyncio.Event()
@@ -120,14 +123,16 @@ class PooledSession:
         self.used_at = monotonic()
 
     async def wait_open(self) -> None:
-        """Return when the link is open; raises `OpenFailed`. The caller may be cancelled: the opening goes on."""
+        """Return when the link is open; raises `PoolError`. The caller may be cancelled: the opening goes on."""
         await asyncio.shield(self._opened)
 
     def close(self, reason: str) -> None:
-        """Ask the owner task to close; never waits, may be called twice."""
+        """Ask the owner task to close; never waits, may be called twice. An opening that is under way is cut short."""
         self.close_reason = self.close_reason or reason
         self._step(Event.CLOSE)
         self._close_asked.set()
+        if self._opening is not None:
+            self._opening.reschedule(asyncio.get_running_loop().time())
 
     def abandon(self, reason: str) -> None:
         """Close our side only: another owner has the session, or may take it over."""
@@ -135,35 +140,47 @@ class PooledSession:
         self.close(reason)
 
     async def wait_ended(self) -> None:
-        """Return when the owner task is done and nothing of the session is left."""
+        """Return when nothing of the session is left, or its link has overstayed the time it has for closing."""
         await self._ended.wait()
 
-    async def own(self, open_link: OpenLink) -> None:
-        """The owner task: opens the link, waits until it is lost or asked to close, closes it. Raises nothing."""
+    async def own(self, open_link: OpenLink, on_ended: Callable[[PooledSession], None]) -> None:
+        """The owner task: opens the link, waits until it is lost or asked to close, closes it. Raises nothing.
+
+        `on_ended` is called once, when `wait_ended` returns.
+        """
         link: Link | None = None
         try:
-            try:
-                async with asyncio.timeout(OPEN_TIMEOUT_S):
-                    link = self._link = await open_link()
-            except Exception as error:
-                failure = error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
-                if not isinstance(error, PoolError | OSError | TimeoutError):
-                    logger.exception("open_failed upstream=%s", self.upstream.name)
-                self.close_reason = self.close_reason or "open_failed"
-                self._step(Event.FAILED)
-                self._opened.set_exception(failure)
-                self._opened.exception()  # retrieved: the opener may have gone away
-                return
-            self._step(Event.OPENED)
-            if not self._opened.done():
+            link = await self._open(open_link)
+            if link is not None:
+                self._step(Event.OPENED)
                 self._opened.set_result(None)
-            await self._until_closed(link)
+                await self._until_closed(link)
         finally:
             if link is not None:
-                await self._close_link(link)
-            if not self._opened.done():
-                self._opened.cancel()
-            self._ended.set()
+                await self._close_link(link, on_ended)
+            else:
+                self.close_reason = self.close_reason or "open_failed"
+                self._end(Event.FAILED, on_ended)
+            if not self._opened.done():  # the owner task itself was cancelled
+                self._fail_open(OpenFailed("the pool is closing"))
+
+    async def _open(self, open_link: OpenLink) -> Link | None:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S) as self._opening:
+                self._link = await open_link()
+        except Exception as error:
+            if not isinstance(error, PoolError | OSError | TimeoutError):
+                logger.exception("open_failed upstream=%s", self.upstream.name)
+            self._fail_open(
+                error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
+            )
+        finally:
+            self._opening = None
+        return self._link
+
+    def _fail_open(self, failure: PoolError) -> None:
+        self._opened.set_exception(failure)
+        self._opened.exception()  # retrieved: the opener may have gone away
 
     async def _until_closed(self, link: Link) -> None:
         waits = {asyncio.ensure_future(self._close_asked.wait()), asyncio.ensure_future(link.wait_closed())}
@@ -176,9 +193,13 @@ class PooledSession:
             self.close_reason = self.close_reason or "lost"
             self._step(Event.LOST)
 
-    async def _close_link(self, link: Link) -> None:
+    async def _close_link(self, link: Link, on_ended: Callable[[PooledSession], None]) -> None:
         if self.state is State.READY:  # the owner task itself was cancelled
             self._step(Event.CLOSE)
+        # A link that ignores its cancellation holds up this task, but nobody who waits for the session's end.
+        give_up = asyncio.get_running_loop().call_later(
+            CLOSE_TIMEOUT_S + CLOSE_GRACE_S, self._end, Event.CLOSED, on_ended
+        )
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 try:
@@ -187,18 +208,30 @@ class PooledSession:
                 finally:
                     await link.aclose()
         except TimeoutError:
-            logger.error("close_overdue upstream=%s timeout_s=%d", self.upstream.name, CLOSE_TIMEOUT_S)  # noqa: TRY400
+            logger.error("close_overdue upstream=%s timeout_s=%g", self.upstream.name, CLOSE_TIMEOUT_S)  # noqa: TRY400
         except Exception:
             logger.exception("close_failed upstream=%s", self.upstream.name)
-        self._step(Event.CLOSED)
+        finally:
+            give_up.cancel()
+            self._end(Event.CLOSED, on_ended)
+
+    def _end(self, event: Event, on_ended: Callable[[PooledSession], None]) -> None:
+        if not self._ended.is_set():
+            self._step(event)
+            self._ended.set()
+            on_ended(self)
 
     def _step(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]
 
 
 async def _end_upstream(link: Link) -> None:
+    resume = link.resume
+    if resume is None:  # it has no id by which it could be told; a child process ends with its link
+        return
+    version = [(b"mcp-protocol-version", resume.protocol_version.encode())] if resume.protocol_version else []
     try:
-        reply = await link.delete([])
+        reply = await link.delete(version)
         await reply.chunks.aclose()
     except PoolError as error:
         logger.info("upstream_not_told error=%s", type(error).__name__)

@@ -99,15 +99,18 @@ class TestPush:
         self, redis_url: str, admin: Redis
     ) -> None:
         async with one_of(redis_url) as one:
+            one.tell("cd" * 16, 1)  # a Redis that does not know the script yet takes one round trip more
+            assert await one.member.outbox.flush(5)
+            pushes = one.member.outbox.statistics().pushes
             nobody = "ab" * 16
             first = one.call(nobody, 1)
             await eventually(lambda: bool(first.refusals))
             assert first.refusals == [Refusal.OWNER_DOWN]
-            assert one.member.outbox.statistics().pushes == 1
+            assert one.member.outbox.statistics().pushes == pushes + 1
             second = one.call(nobody, 2)
             assert second.refusals == [Refusal.OWNER_DOWN]
             one.tell(nobody, 2)
-            assert one.member.outbox.statistics().pushes == 1
+            assert one.member.outbox.statistics().pushes == pushes + 1
             assert not await admin.keys(f"*{nobody}*")
 
     async def test_b39_a_channel_is_never_made_twice(self, redis_url: str) -> None:

@@ -1,9 +1,11 @@
-"""An owner is killed: what its callers see, how soon, and what becomes of its sessions."""
+"""An owner is killed, or frozen: what its callers see, how soon, and what becomes of its sessions."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fleet import EXAMPLES, Fleet, run_example, run_fleet
+from fleet import EXAMPLES, Fleet, run_example, run_fleet, wait_until
 from leasehold.coordinator import Directory, Keys, RedisClients, list_peers
 from mcp_http import RawSession
 
@@ -56,17 +58,29 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def kill(fleet: Fleet, index: int) -> None:
-    """SIGKILL the supervisor and its worker, so that nobody is left to end the lease early."""
+def worker_pids(fleet: Fleet, index: int) -> list[int]:
+    """The worker processes of one `leasehold serve`, without its Redis."""
     supervisor = fleet.workers[index].pid
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    fleet.workers[index].process.send_signal(19)  # SIGSTOP: it must not see its worker die
-    for child in children:
-        if "leasehold" in Path(f"/proc/{child}/cmdline").read_text():
-            import os
+    return [int(child) for child in children if "leasehold" in Path(f"/proc/{child}/cmdline").read_text()]
 
-            os.kill(int(child), 9)
+
+def kill(fleet: Fleet, index: int) -> None:
+    """SIGKILL the worker and its supervisor, so that nobody is left to end the lease early."""
+    fleet.workers[index].process.send_signal(signal.SIGSTOP)  # it must not see its worker die
+    pids = worker_pids(fleet, index)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     fleet.workers[index].kill()
+    # Until they are gone their socket takes connections that nobody will serve: the balancer's loss, not ours.
+    wait_until(lambda: not any(lives(pid) for pid in pids), "the killed workers live")
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 async def test_a_session_goes_on_where_it_was_after_its_owner_was_killed(
@@ -139,3 +153,29 @@ async def test_a_pinned_session_ends_with_its_worker_and_its_client_is_told(
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
     assert "error" in answer.message
+
+
+async def test_an_owner_that_was_frozen_past_its_lease_runs_nothing_under_it(
+    fleet: Fleet, http: aiohttp.ClientSession
+) -> None:
+    """B28: it wakes up, finds its session taken over, and sends what waited at its door to the new owner."""
+    session = RawSession(http, fleet.url("http"))
+    await session.initialize()
+    assert (await session.call("increment", tag="one")).text == "1"
+    victim = await owner_of(fleet, session)
+    (frozen,) = worker_pids(fleet, victim)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        at_the_door = RawSession(http, fleet.worker_url(victim, "http"), headers=session.headers)
+        elsewhere = RawSession(http, fleet.worker_url((victim + 1) % 3, "http"), headers=session.headers)
+        at_the_door.ids = elsewhere.ids = session.ids
+        waiting = asyncio.ensure_future(at_the_door.call("increment", tag="at the door"))
+        # Redis had handed this one to the frozen worker already: nobody can know yet that it will refuse it.
+        assert (await elsewhere.call("increment", tag="handed over")).error["data"]["outcome"] == "unknown"
+        assert (await elsewhere.call("increment", tag="two")).text == "2"
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert (await waiting).text == "3"
+    tags = [json.loads(line)["tag"] for line in (fleet.folder / "journal").read_text().splitlines()]
+    assert sorted(tags) == ["at the door", "one", "two"]
+    assert await owner_of(fleet, session) != victim

@@ -57,7 +57,8 @@ class Call:
 
     @property
     def id(self) -> RequestId | None:
-        return self.message.id if self.message is not None else None
+        """Of a request, for the answer to it; a client's response has the id of somebody else's request."""
+        return self.message.id if self.message is not None and self.message.kind == "request" else None
 
 
 Serve = Callable[[Owned, Call, Receive, Send], Awaitable[None]]
@@ -89,7 +90,12 @@ class Affinity:
                     await self._wait_held(where, call)
                 self.local += 1
                 call.scope[OWNER] = self._member.incarnation
-                await self._serve(where, call, receive, guard.send)
+                try:
+                    await self._serve(where, call, receive, guard.send)
+                except NotRun as refusal:
+                    self.rerouted += 1
+                    logger.debug("not_run session=%s reason=%s", call.key[:8], refusal.reason)
+                    continue
                 return
             try:
                 self.forwarded += 1
@@ -106,7 +112,9 @@ class Affinity:
                     return
                 self.repeated += 1
             except Unavailable as error:
-                raise unavailable("Redis does not answer: sessions of other workers cannot be reached", call.id) from error
+                raise unavailable(
+                    "Redis does not answer: sessions of other workers cannot be reached", call.id
+                ) from error
         raise unavailable("The session is moving between workers", call.id)
 
     def forget(self, key: str) -> None:
@@ -114,7 +122,7 @@ class Affinity:
 
     async def _tell_unknown(self, call: Call, unknown: OutcomeUnknown, guard: Guard) -> None:
         if call.message is None or call.message.kind != "request":
-            raise unavailable(str(unknown), call.id) from unknown
+            raise unavailable(str(unknown), call.id, "unknown") from unknown
         await respond(guard.send, 200, outcome_body(f"The call may have run: {unknown}", "unknown", call.id), JSON)
 
     def _reroute(self, key: str, tried: Registration, refusal: NotRun) -> None:
@@ -127,11 +135,9 @@ class Affinity:
             self._routes[key] = refusal.owner
 
     async def _wait_held(self, owned: Owned, call: Call) -> None:
-        """Our lease ended: wait a moment for the new one and the re-claim, instead of failing at once."""
+        """Our lease ended: wait a moment for the new one and the re-claim, or until another owner has the session."""
         until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S
-        while not self._sessions.holds(owned):
-            if owned.session.is_closed:
-                raise session_not_found(call.id)
+        while not (owned.session.is_closed or self._sessions.holds(owned)):
             if asyncio.get_running_loop().time() > until:
                 raise unavailable("This worker's lease has ended; Redis does not answer", call.id)
             await asyncio.sleep(0.02)
@@ -219,7 +225,6 @@ def is_safe(message: Message | None, idempotent_tools: frozenset[str]) -> bool:
     if message is None:
         return True
     if message.method == "tools/call":
-        return message.params.get("name") in idempotent_tools
+        name = message.params.get("name")
+        return isinstance(name, str) and name in idempotent_tools
     return message.kind == "request" and SAFE_METHOD.fullmatch(message.method or "") is not None
-
-

@@ -54,10 +54,10 @@ def session_not_found(id: RequestId | None = None) -> Refused:  # noqa: A002
     return Refused(404, "Session not found", code=SESSION_NOT_FOUND, id=id)
 
 
-def unavailable(message: str, id: RequestId | None = None) -> Refused:  # noqa: A002
-    """503 with Retry-After: nothing ran, try again."""
+def unavailable(message: str, id: RequestId | None = None, outcome: Outcome = "not_run") -> Refused:  # noqa: A002
+    """503 with Retry-After: nothing ran (unless `outcome` says otherwise), try again."""
     retry = [(b"retry-after", b"%d" % RETRY_AFTER_S)]
-    return Refused(503, message, code=SERVER_ERROR, id=id, data={"outcome": "not_run"}, headers=retry)
+    return Refused(503, message, code=SERVER_ERROR, id=id, data={"outcome": outcome}, headers=retry)
 
 
 def unsupported_version(requested: str, supported: tuple[str, ...], id: RequestId | None = None) -> Refused:  # noqa: A002

@@ -15,6 +15,8 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+MAX_DIGITS: Final = 18
+
 WATCH_AFTER_S: Final = 0.05
 """Most answers come at once: only for those that take longer is it worth a task to see whether the client has left."""
 
@@ -27,10 +29,16 @@ def header(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
+def is_event_stream(headers: Headers) -> bool:
+    """Whether a response with these headers is a stream of server-sent events."""
+    return (header(headers, b"content-type") or b"").lower().startswith(b"text/event-stream")
+
+
 async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     """The whole body; raises `BodyTooLarge` above `limit` bytes (at once when the length is declared), `Disconnected`."""
     declared = header(headers, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit:
+    # Python refuses to read very long numbers; this one is too large in any case.
+    if declared is not None and declared.isdigit() and (len(declared) > MAX_DIGITS or int(declared) > limit):
         raise BodyTooLarge(limit)
     first = await receive()
     if first["type"] == "http.disconnect":
@@ -60,6 +68,15 @@ async def respond(send: Send, status: int, body: bytes, headers: Headers, *, hea
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": b"" if head_only else body})
+
+
+async def has_left(receive: Receive) -> bool:
+    """Whether the client has gone by now; never waits for it. The body must be read."""
+    try:
+        async with asyncio.timeout(0):
+            return (await receive())["type"] == "http.disconnect"
+    except TimeoutError:
+        return False
 
 
 class until_disconnect:  # noqa: N801

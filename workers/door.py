@@ -7,16 +7,19 @@ Origin, 406 and 415 for wrong headers, 400 for what is no JSON-RPC message or no
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ..pool.jsonrpc import INVALID_REQUEST, InvalidMessage, Message, parse
 from .answers import Refused
 from .asgi import Headers, header
 
 LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+
+_REFUSED_TYPE = re.compile(rb"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,9 @@ class Door:
             raise Refused(403, "Forbidden: this Origin may not call")
         if self.tokens and not self._token_valid(header(headers, b"authorization") or b""):
             raise Refused(
-                401, "Unauthorized: a bearer token is needed", headers=[(b"www-authenticate", b'Bearer realm="leasehold"')]
+                401,
+                "Unauthorized: a bearer token is needed",
+                headers=[(b"www-authenticate", b'Bearer realm="leasehold"')],
             )
 
     def _host_allowed(self, host: str) -> bool:
@@ -47,11 +52,16 @@ class Door:
         return not self.loopback_only or _name(host) in LOOPBACK
 
     def _origin_allowed(self, origin: str, host: str) -> bool:
-        if any(allowed == "*" or _origin_matches(origin, allowed) for allowed in self.origins):
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # brackets that hold no address
+            return False
+        if any(_origin_matches(origin, parts, allowed) for allowed in self.origins):
             return True
-        parts = urlsplit(origin)
-        # The gateway's own pages, and on loopback any page of this machine.
-        return parts.netloc == host or (self.loopback_only and _name(parts.netloc) in LOOPBACK)
+        # The gateway's own pages, if its name was checked (or whoever rebinds a name to this address would pass), and on
+        # loopback any page of this machine.
+        own = bool(self.hosts) and parts.netloc == host
+        return own or (self.loopback_only and _name(parts.netloc) in LOOPBACK)
 
     def _token_valid(self, authorization: bytes) -> bool:
         scheme, _, token = authorization.partition(b" ")
@@ -74,11 +84,10 @@ def _matches(host: str, allowed: str) -> bool:
     return host == allowed or (_name(allowed) == allowed and _name(host) == allowed)
 
 
-def _origin_matches(origin: str, allowed: str) -> bool:
+def _origin_matches(origin: str, parts: SplitResult, allowed: str) -> bool:
     scheme, separator, netloc = allowed.partition("://")
     if not separator:
-        return origin == allowed
-    parts = urlsplit(origin)
+        return allowed in ("*", origin)
     return parts.scheme == scheme and _matches(parts.netloc, netloc)
 
 
@@ -117,7 +126,7 @@ def _accepts(headers: Headers, kind: bytes, subtype: bytes) -> bool:
         if name == b"accept":
             for part in value.split(b","):
                 media, *parameters = part.split(b";")
-                if media.strip().lower() in wanted and not any(p.strip() in (b"q=0", b"q=0.0") for p in parameters):
+                if media.strip().lower() in wanted and not any(_REFUSED_TYPE.fullmatch(p) for p in parameters):
                     return True
     return False
 

@@ -220,7 +220,7 @@ class OwnerExchange(_Wakeable):
         return {"type": "http.request", "body": frame.payload, "more_body": not self._body_done}
 
     async def send(self, message: Message) -> None:
-        """ASGI `send`. Waits for credit; after the caller has gone, what is sent is dropped."""
+        """ASGI `send`. Waits for credit; raises `Disconnected` after the caller has gone."""
         if message["type"] == "http.response.start":
             payload = pack_head(message["status"], list(message.get("headers", ())))
             self.post(encode(FrameType.HEAD, self.id, payload, FROM_OWNER))
@@ -243,6 +243,12 @@ class OwnerExchange(_Wakeable):
         if not self._ended:
             self._ended = True
             self.post(encode(FrameType.END, self.id, b"", FROM_OWNER | (ABORT if abort else 0)))
+
+    def refuse(self, reason: str) -> None:
+        """Say that the request was not run after all. Only before a response."""
+        if not self._ended:
+            self._ended = True
+            self.post(nack(self.id, reason))
 
     def credited(self, frame: Frame) -> None:
         self._credit += int.from_bytes(frame.payload, "big")

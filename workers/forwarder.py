@@ -15,7 +15,17 @@ from typing import Final, Protocol
 from ..coordinator import Member, Registration, Unavailable
 from ..coordinator.channel import Receipt
 from ..coordinator.errors import FrameError
-from ..coordinator.frames import ABORT, FROM_OWNER, LAST, Frame, FrameType, RequestHead, encode, unpack_head, unpack_request
+from ..coordinator.frames import (
+    ABORT,
+    FROM_OWNER,
+    LAST,
+    Frame,
+    FrameType,
+    RequestHead,
+    encode,
+    unpack_head,
+    unpack_request,
+)
 from .asgi import ASGIApp, Receive, Scope, Send, until_disconnect
 from .errors import BrokenOff, Disconnected, NotRun, OutcomeUnknown
 from .exchange import CallerExchange, OwnerExchange, nack, read_nack
@@ -129,7 +139,9 @@ class Forwarder:
                 raise
             match frame.type:
                 case FrameType.CHUNK:
-                    done = exchange.take_end()  # it mostly comes along; then the client needs no write of its own for it
+                    done = (
+                        exchange.take_end()
+                    )  # it mostly comes along; then the client needs no write of its own for it
                     await send({"type": "http.response.body", "body": frame.payload, "more_body": not done})
                     if done:
                         return
@@ -218,6 +230,9 @@ class Forwarder:
             await self._app(exchange.scope, exchange.receive, exchange.send)
         except Disconnected:
             pass
+        except NotRun as refusal:  # the session closed, or the lease ended, since it was admitted
+            self._count_nack(refusal.reason)
+            exchange.refuse(refusal.reason)
         except BrokenOff:
             exchange.end(abort=True)
         except Exception:
@@ -283,7 +298,11 @@ class Forwarder:
             elif lost is None or receipt.lost_any(caller.first_counter, caller.last_counter):
                 caller.fail(OutcomeUnknown("frames of the call were lost"))
         for owner in list(self._owners.values()):
-            if owner.peer == sender and owner.first_counter and receipt.lost_any(owner.first_counter, owner.last_counter):
+            if (
+                owner.peer == sender
+                and owner.first_counter
+                and receipt.lost_any(owner.first_counter, owner.last_counter)
+            ):
                 owner.end(abort=True)
                 owner.disconnect()
 
@@ -315,4 +334,3 @@ class Forwarder:
             await asyncio.wait(self._running, timeout=1.0)
         for task in self._running:
             task.cancel()
-

@@ -10,10 +10,11 @@ The same application runs what arrives by a hop: `leasehold.hop` in the scope sa
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import aclosing, suppress
 from typing import Any, Final
-from urllib.parse import unquote
 
 import anyio
 import orjson
@@ -21,19 +22,22 @@ import orjson
 from ..coordinator import Unavailable, session_key
 from ..coordinator.frames import RequestHead
 from ..pool import (
+    Fenced,
     HttpLink,
     HttpTarget,
+    Link,
     Message,
-    OpenFailed,
     PoolError,
     PoolFull,
+    SessionClosed,
     SessionPool,
     Upstream,
+    UpstreamLost,
     parse,
 )
 from ..pool.jsonrpc import INVALID_REQUEST, InvalidMessage
 from ..pool.link import Reply
-from ..pool.sse import event, events
+from ..pool.sse import EventSplitter, event
 from . import door
 from .affinity import Affinity, Call, is_safe
 from .answers import (
@@ -47,9 +51,20 @@ from .answers import (
     unavailable,
     unsupported_version,
 )
-from .asgi import Headers, Receive, Scope, Send, header, read_body, respond
+from .asgi import (
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    has_left,
+    header,
+    is_event_stream,
+    read_body,
+    respond,
+    until_disconnect,
+)
 from .eras import Eras
-from .errors import BodyTooLarge, BrokenOff, Disconnected
+from .errors import BodyTooLarge, BrokenOff, Disconnected, NotRun
 from .exchange import HOP
 from .guard import Guard
 from .identity import Identity
@@ -63,6 +78,8 @@ logger = logging.getLogger("leasehold.workers.gateway")
 PREFIX: Final = "/servers/"
 SUFFIX: Final = "/mcp"
 METHODS: Final = b"POST, GET, DELETE"
+LAST_EVENT_S: Final = 0.05
+"""How long an event stream that has answered `initialize` may take to end, so that its connection can be used again."""
 
 
 class Gateway:
@@ -105,9 +122,9 @@ class Gateway:
         if head is not None:
             await self._serve_hop(head, scope, receive, send)
             return
-        path: str = scope["path"]
+        path = scope["path"].removesuffix("/")
         if path.startswith(PREFIX) and path.endswith(SUFFIX):
-            await self._serve_edge(unquote(path[len(PREFIX) : -len(SUFFIX)]), scope, receive, send)
+            await self._serve_edge(path[len(PREFIX) : -len(SUFFIX)], scope, receive, send)
         else:
             await self._serve_operations(path, scope, send)
 
@@ -146,19 +163,20 @@ class Gateway:
                 raise Refused(404, f"Unknown server: {name[:64]!r}")
             version = door.named_version(scope["headers"])
             body, message = await self._read(scope, receive)
-            if message is not None:
+            if message is not None and message.kind == "request":
                 request_id = message.id
-                guard.request = message if message.kind == "request" else None
+                guard.request = message
             if message is None and scope["method"] == "GET":
                 await self._listen(upstream, version, scope, receive, guard)
             else:
                 await self._route(upstream, version, message, body, scope, receive, guard)
         except Refused as refusal:
-            if not guard.started:
-                refusal.id = refusal.id if refusal.id is not None else request_id
-                await refusal.send(guard.send)
+            refusal.id = refusal.id if refusal.id is not None else request_id
+            await refusal.send(guard.send)
+        except NotRun:
+            await unavailable("This worker is stopping", request_id).send(guard.send)
         except BodyTooLarge as error:
-            await Refused(413, f"Payload too large: at most {error.limit} bytes").send(guard.send)
+            await _too_large(error).send(guard.send)
         except Disconnected:
             pass
         except BrokenOff as error:
@@ -179,7 +197,9 @@ class Gateway:
         for scope in list(self._listening):
             scope.cancel()
 
-    async def _listen(self, upstream: Upstream, version: str | None, scope: Scope, receive: Receive, guard: Guard) -> None:
+    async def _listen(
+        self, upstream: Upstream, version: str | None, scope: Scope, receive: Receive, guard: Guard
+    ) -> None:
         with anyio.CancelScope() as listening:
             self._listening.add(listening)
             try:
@@ -215,7 +235,14 @@ class Gateway:
         guard: Guard,
     ) -> None:
         session_id = header(scope["headers"], b"mcp-session-id")
-        if version is not None and version not in HANDSHAKE_VERSIONS:
+        initializes = message is not None and message.kind == "request" and message.method == "initialize"
+        is_unknown = version is not None and version not in HANDSHAKE_VERSIONS + STATELESS_VERSIONS
+        if version is not None and is_unknown and (session_id is not None or message is None or initializes):
+            raise unsupported_version(version, HANDSHAKE_VERSIONS)
+        if message is not None and initializes and session_id is None:
+            # Whatever version its header names: an upstream that takes it opens a session.
+            await self._initialize(upstream, message, body, scope, receive, guard.send)
+        elif version is not None and version not in HANDSHAKE_VERSIONS:
             await self._serve_stateless_era(upstream, version, message, body, scope, receive, guard)
         elif session_id is not None:
             credential = header(scope["headers"], b"authorization") or b""
@@ -224,8 +251,6 @@ class Gateway:
             safe = is_safe(message, upstream.idempotent_tools)
             call = Call(session_key(session_id.decode()), scope, message, body, safe)
             await self.affinity.dispatch(call, receive, guard)
-        elif message is not None and message.method == "initialize" and message.kind == "request":
-            await self._initialize(upstream, message, body, scope, guard.send)
         else:
             await self._serve_sessionless(upstream, message, body, scope, receive, guard.send)
 
@@ -240,82 +265,107 @@ class Gateway:
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
-    async def _initialize(self, upstream: Upstream, message: Message, body: bytes, scope: Scope, send: Send) -> None:
-        """Open a session, and let its id leave only when its record is written."""
+    async def _initialize(
+        self, upstream: Upstream, message: Message, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Open a session, and let its id leave only when its record is written, and only to a client that is still there."""
         credential = header(scope["headers"], b"authorization") or b""
         session_id = self._identity.mint(upstream.name, credential)
         key = session_key(session_id)
         if not self.ready:
             raise unavailable("This worker takes no new sessions", message.id)
-        try:
-            owned = await self._sessions.open(key, upstream, self._identity.principal(credential))
-        except PoolFull as error:
-            raise unavailable(str(error), message.id) from error
-        except OpenFailed as error:
-            await respond(send, 502, outcome_body(str(error), "not_run", message.id), JSON)
-            return
+        owned: Owned | None = None
         reason = "unregistered"
         try:
-            with owned.session:
-                reply, answer = await self._ask(owned, message, body, scope["headers"])
-                established = _initialize_result(reply, answer)
-                link = owned.session.link
-                if established is None:
-                    reason = "not_initialized"
-                elif link.resume is None and isinstance(upstream.target, HttpTarget):
-                    reason = "stateless"  # the upstream hands out no session id: any worker can serve its client
-                else:
-                    if isinstance(link, HttpLink):
-                        link.negotiated(established)
-                    await self._sessions.register(owned)
-                    reason = ""
-                    reply.headers.append((b"mcp-session-id", session_id.encode()))
+            with until_disconnect(receive):
+                owned = await self._sessions.open(key, upstream, self._identity.principal(credential))
+                with owned.session as session:
+                    reply, answer, established = await self._ask(session.link, message, body, scope["headers"])
+            link = owned.session.link
+            if established is None:
+                reason = "not_initialized"
+            elif link.resume is None and isinstance(upstream.target, HttpTarget):
+                reason = "stateless"  # the upstream hands out no session id: any worker can serve its client
+            else:
+                if isinstance(link, HttpLink):
+                    link.negotiated(established)
+                await self._sessions.register(owned)
+                if await has_left(receive):
+                    raise Disconnected
+                reason = ""
+                reply.headers.append((b"mcp-session-id", session_id.encode()))
             await respond(send, reply.status, answer, reply.headers)
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session cannot be registered", message.id) from error
+        except (PoolFull, Fenced) as error:
+            raise unavailable(str(error), message.id) from error
         except PoolError as error:
             await respond(send, 502, outcome_body(str(error), error.outcome, message.id), JSON)
         finally:
-            if reason:
+            if owned is not None and reason:
                 owned.session.close(reason)
 
-    async def _ask(self, owned: Owned, message: Message, body: bytes, headers: Headers) -> tuple[Reply, bytes]:
-        reply = await owned.session.link.post(message, body, headers)
-        pieces: list[bytes] = []
-        size = 0
-        async for chunk in reply.chunks:
-            pieces.append(chunk)
-            size += len(chunk)
-            if size > self._max_body_bytes:
-                raise OpenFailed(f"the answer to initialize is larger than {self._max_body_bytes} bytes")
-        return reply, b"".join(pieces)
+    async def _ask(
+        self, link: Link, message: Message, body: bytes, headers: Headers
+    ) -> tuple[Reply, bytes, str | None]:
+        """Ask for `initialize`: the reply, its body, and the protocol version agreed on; None when the upstream refused."""
+        reply = await link.post(message, body, headers)
+        is_stream = is_event_stream(reply.headers)
+        splitter = EventSplitter(self._max_body_bytes)
+        answer = bytearray()
+        answered: Message | None = None
+        async with aclosing(reply.chunks) as chunks:
+            async for chunk in chunks:
+                answer += chunk
+                if len(answer) > self._max_body_bytes:
+                    raise UpstreamLost(f"the answer to initialize is larger than {self._max_body_bytes} bytes")
+                if is_stream:
+                    for data in splitter.feed(chunk):
+                        answered = answered or _answer_in(data, message)
+                    if answered is not None:
+                        # The stream should end now. If it does not, nothing more is waited for.
+                        with suppress(TimeoutError, PoolError):
+                            async with asyncio.timeout(LAST_EVENT_S):
+                                async for _ in chunks:
+                                    pass
+                        break
+        if not is_stream:
+            answered = _answer_in(bytes(answer), message)
+        return reply, bytes(answer), _agreed_version(answered) if reply.status == 200 else None
 
     async def serve_owned(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
         """Run a call on a session owned here."""
         headers: Headers = call.scope["headers"]
         with owned.session as session:
+            try:
+                link = session.link
+            except SessionClosed:
+                raise NotRun("closed") from None
             if call.message is not None:
-                await relay_post(session.link, call.message, call.body, headers, receive, send)
+                await relay_post(link, call.message, call.body, headers, receive, send)
             elif call.scope["method"] == "GET":
-                await relay_get(session.link, headers, receive, send, adopted=owned.adopted)
+                await relay_get(link, headers, receive, send, adopted=owned.adopted)
             else:
-                status = await relay_delete(session.link, headers, receive, send)
+                status = await relay_delete(link, headers, receive, send)
                 if 200 <= status < 300 or status == 404:
                     session.close("client")
 
     async def _serve_hop(self, head: RequestHead, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request that another worker forwarded; admission was checked in the turn it was read in."""
+        """A request that another worker forwarded; admission was checked in the turn it was read in.
+
+        Raises `NotRun` when the session has closed since: it may be found elsewhere by now.
+        """
         owned = self._sessions.get(head.session)
-        body = await read_body(scope["headers"], receive, self._max_body_bytes)
+        if owned is None:
+            raise NotRun("closed")
         try:
-            if owned is None:
-                raise session_not_found()
+            body = await read_body(scope["headers"], receive, self._max_body_bytes)
             message = parse(body) if scope["method"] == "POST" else None
             await self.serve_owned(owned, Call(head.session, scope, message, body, safe=False), receive, send)
         except InvalidMessage as error:
             await Refused(400, str(error), code=error.code).send(send)
-        except PoolError:
-            await session_not_found().send(send)
+        except BodyTooLarge as error:
+            await _too_large(error).send(send)
         except Refused as refusal:
             await refusal.send(send)
 
@@ -335,14 +385,11 @@ class Gateway:
 
         A version that does not exist is the upstream's to refuse, for it knows which ones it speaks.
         """
-        identifier = message.id if message is not None else None
-        if version not in STATELESS_VERSIONS and header(scope["headers"], b"mcp-session-id") is not None:
-            raise unsupported_version(version, HANDSHAKE_VERSIONS, identifier)
         if message is None:
             raise door.method_not_allowed(b"POST")
         link = self._pool.stateless(upstream)
         if link is None or self._eras.is_handshake_only(upstream.name):
-            raise unsupported_version(version, HANDSHAKE_VERSIONS, identifier)
+            raise unsupported_version(version, HANDSHAKE_VERSIONS)
         await relay_post(link, message, body, scope["headers"], receive, self._eras.watch(upstream.name, guard.send))
 
     async def _serve_sessionless(
@@ -358,16 +405,19 @@ class Gateway:
             await relay_post(link, message, body, scope["headers"], receive, send)
 
 
-def _initialize_result(reply: Reply, answer: bytes) -> str | None:
-    """The protocol version that `initialize` agreed on; None when the upstream refused."""
-    if reply.status != 200:
+def _answer_in(data: bytes, request: Message) -> Message | None:
+    """The answer to `request`, if it is this."""
+    try:
+        message = parse(data)
+    except InvalidMessage:
         return None
-    is_stream = (reply.header(b"content-type") or b"").startswith(b"text/event-stream")
-    for data in events(answer) if is_stream else [answer]:
-        try:
-            result = parse(data).payload.get("result")
-        except InvalidMessage:
-            continue
-        if isinstance(result, dict):
-            return str(result.get("protocolVersion", ""))  # pyright: ignore
-    return None
+    return message if message.kind == "response" and message.id == request.id else None
+
+
+def _agreed_version(answer: Message | None) -> str | None:
+    result: Any = answer.payload.get("result") if answer is not None else None
+    return str(result.get("protocolVersion", "")) if isinstance(result, dict) else None  # pyright: ignore
+
+
+def _too_large(error: BodyTooLarge) -> Refused:
+    return Refused(413, f"Payload too large: at most {error.limit} bytes")

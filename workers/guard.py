@@ -12,8 +12,8 @@ from typing import Final, Literal
 
 from ..pool.jsonrpc import InvalidMessage, Message, parse
 from ..pool.sse import EventSplitter
-from .asgi import Headers, Send, header
 from .asgi import Message as AsgiMessage
+from .asgi import Send, is_event_stream
 
 Verdict = Literal["ok", "error", "incomplete"]
 
@@ -71,22 +71,22 @@ class Guard:
         """`ok`, `error`, or `incomplete` when a stream ended before the answer."""
         if not 200 <= self._status < 300:
             return "error"
-        if self._events is not None and self.request is not None:
+        if self._events is not None:
+            if self.request is None:  # a GET stream has nothing to answer, and ends as its reader likes
+                return "ok"
             return "incomplete" if self._answered is None else "ok" if self._answered else "error"
         if not self.complete:
             return "incomplete"
         if len(self._body) > MAX_JUDGED:
             return "ok"
-        return "ok" if self._events is not None or is_success(self._status, bytes(self._body), self.request) else "error"
+        return "ok" if is_success(self._status, bytes(self._body), self.request) else "error"
 
     async def send(self, message: AsgiMessage) -> None:
         """ASGI `send`: judge, and pass on as it is."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self.first_byte_s = monotonic() - self._began
-            headers: Headers = message.get("headers", [])
-            content_type = header(headers, b"content-type") or b""
-            if content_type.startswith(b"text/event-stream"):
+            if is_event_stream(message.get("headers", [])):
                 self._events = EventSplitter(MAX_JUDGED)
         else:
             body: bytes = message.get("body", b"")

@@ -46,7 +46,8 @@ class Identity:
             raw = urlsafe_b64decode(session_id)
         except (binascii.Error, ValueError):
             return False
-        if urlsafe_b64encode(raw) != session_id:  # base64 decoders skip what they do not know
+        # Base64 decoders skip what they do not know; and padding would make a shorter tag, of which a prefix is enough.
+        if len(raw) != NONCE_BYTES + TAG_BYTES or urlsafe_b64encode(raw) != session_id:
             return False
         nonce, tag = raw[:NONCE_BYTES], raw[NONCE_BYTES:]
         return self._keyring.mac_matches(_SESSION, _bound(nonce, server, credential), tag)

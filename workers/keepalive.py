@@ -6,9 +6,11 @@ import asyncio
 from typing import Final
 
 from ..pool.sse import KEEPALIVE
-from .asgi import Message, Send, header
+from .asgi import Message, Send, is_event_stream
 
 KEEPALIVE_EVERY_S: Final = 15.0
+BLANK: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\r\r\n")
+"""What a stream that stands between two events ends in."""
 
 
 class StreamKeeper:
@@ -27,9 +29,9 @@ class StreamKeeper:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._every_s / 3)
-            for kept in list(self._open):
-                if loop.time() - kept.sent_at >= self._every_s * 2 / 3:
-                    await kept.comment()
+            silent = [kept for kept in self._open if loop.time() - kept.sent_at >= self._every_s * 2 / 3]
+            # Side by side: a client that does not read keeps nobody else waiting.
+            await asyncio.gather(*(kept.comment() for kept in silent))
 
 
 class KeptResponse:
@@ -46,8 +48,7 @@ class KeptResponse:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            content_type = header(message.get("headers", []), b"content-type") or b""
-            if content_type.startswith(b"text/event-stream"):
+            if is_event_stream(message.get("headers", [])):
                 self._open.add(self)
                 self.sent_at = self._loop.time()
         elif self in self._open:
@@ -69,7 +70,7 @@ class KeptResponse:
 
     async def comment(self) -> None:
         """Send a comment if the stream stands between two events; a client that does not read is left alone."""
-        if not self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")):
+        if not self._tail.endswith(BLANK):
             return
         self.sent_at = self._loop.time()
         try:

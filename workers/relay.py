@@ -13,9 +13,9 @@ from typing import Final
 
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
 from ..pool.sse import STREAM_HEADERS, event
-from .answers import JSON, pool_error_body, session_not_found, unavailable
-from .asgi import Headers, Receive, Send, respond, until_disconnect
-from .errors import BrokenOff
+from .answers import JSON, pool_error_body, unavailable
+from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect
+from .errors import BrokenOff, NotRun
 
 CONFLICT: Final = 409
 GET_RETRY_S: Final = (0.1, 1.0)
@@ -24,7 +24,10 @@ GET_RETRY_FOR_S: Final = 10.0
 
 
 async def relay_post(link: Link, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send) -> None:
-    """Send one message and stream the reply. Raises `Refused`, `Disconnected`, and `BrokenOff` after a reply had begun."""
+    """Send one message and stream the reply.
+
+    Raises `NotRun`, `Refused`, `Disconnected`, and `BrokenOff` after a reply had begun.
+    """
     await _relay(lambda: link.post(message, body, headers), message, receive, send)
 
 
@@ -38,10 +41,8 @@ async def relay_delete(link: Link, headers: Headers, receive: Receive, send: Sen
     with until_disconnect(receive):
         try:
             reply = await link.delete(headers)
-        except SessionClosed:
-            raise session_not_found() from None
         except PoolError as error:
-            raise unavailable(str(error)) from error
+            raise _refusal(error) from error
         await _stream(reply, None, send)
     return reply.status
 
@@ -59,26 +60,29 @@ async def _open_stream(link: Link, headers: Headers) -> Reply:
         delay = min(longest, delay * 2)
 
 
-async def _relay(
-    ask: Callable[[], Awaitable[Reply]], message: Message | None, receive: Receive, send: Send
-) -> None:
+async def _relay(ask: Callable[[], Awaitable[Reply]], message: Message | None, receive: Receive, send: Send) -> None:
     request = message if message is not None and message.kind == "request" else None
     with until_disconnect(receive):
         try:
             reply = await ask()
-        except SessionClosed:
-            raise session_not_found(request.id if request else None) from None
         except PoolError as error:
-            if request is None or isinstance(error, Fenced):
-                raise unavailable(str(error), request.id if request else None) from error
+            if request is None or isinstance(error, SessionClosed | Fenced):
+                raise _refusal(error) from error
             await respond(send, 200, pool_error_body(error, request.id), JSON)
             return
         await _stream(reply, request, send)
 
 
+def _refusal(error: PoolError) -> Exception:
+    """Nothing was sent by a session that has ended here, or whose lease has: it may be found elsewhere by now."""
+    if isinstance(error, SessionClosed | Fenced):
+        return NotRun("fenced" if isinstance(error, Fenced) else "closed")
+    return unavailable(str(error), outcome=error.outcome)
+
+
 async def _stream(reply: Reply, request: Message | None, send: Send) -> None:
     headers = reply.headers
-    is_stream = (reply.header(b"content-type") or b"").startswith(b"text/event-stream")
+    is_stream = is_event_stream(headers)
     if is_stream:
         # Ours win: a proxy in front of us must not buffer or cache a stream.
         own = {name for name, _ in STREAM_HEADERS}

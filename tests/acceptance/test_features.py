@@ -13,7 +13,7 @@ from fleet import EXAMPLES, Fleet, run_example, run_fleet
 pytestmark = [pytest.mark.anyio, pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 ROUNDS = 3
-FEATURES = 10
+FEATURES = 11
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ async def test_twenty_calls_are_answered_and_executed_once(tmp_path: Path, serve
 
     async def one(number: int) -> str:
         async with turn:
-            return await call_once(fleet, server, str(number), tmp_path)
+            return await call_once(fleet, server, f"call-{number}", tmp_path)
 
     with run_example("counter_http.py", tmp_path, "--journal", str(journal)) as upstream:
         stdio = [str(EXAMPLES / "counter_stdio.py"), "--journal", str(journal)]
@@ -47,4 +47,4 @@ async def test_twenty_calls_are_answered_and_executed_once(tmp_path: Path, serve
             answers = await asyncio.gather(*(one(number) for number in range(CALLS)))
             (await Traffic.of(fleet)).since(before).check_spread()
     assert answers == ["1"] * CALLS
-    assert [len(executed(journal, str(number))) for number in range(CALLS)] == [1] * CALLS
+    assert [len(executed(journal, f"call-{number}")) for number in range(CALLS)] == [1] * CALLS

@@ -187,6 +187,21 @@ async def cancellation(url: str) -> None:
         assert await call(client, "increment") == "1"
 
 
+async def cancel_and_close(url: str) -> None:
+    """A client that leaves right after it has cancelled ends cleanly, whatever is still on its way."""
+
+    async def leave(after_s: float) -> None:
+        async with Recorder().client(url) as client:
+            waiting = asyncio.create_task(client.call_tool("wait_cancel", {"tag": uuid.uuid4().hex}))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await waiting
+            await asyncio.sleep(after_s)
+
+    await asyncio.gather(*(leave(number * 0.2) for number in range(6)))
+
+
 async def concurrency(url: str) -> None:
     """A slow call does not hold up others of the same session."""
     async with Recorder().client(url) as client:
@@ -226,6 +241,7 @@ FEATURES: list[Callable[[str], Awaitable[None]]] = [
     roots_on_get_stream,
     get_stream,
     cancellation,
+    cancel_and_close,
     concurrency,
     deletion,
 ]
@@ -237,18 +253,21 @@ def reason(error: BaseException) -> str:
     return repr(error)
 
 
-async def run(url: str, names: list[str], timeout_s: float) -> dict[str, Any]:
+async def run(url: str, names: list[str], timeout_s: float, at_once: int) -> dict[str, Any]:
     passed = []
     failed = {}
-    for feature in FEATURES:
+    turn = asyncio.Semaphore(at_once)
+
+    async def check(feature: Callable[[str], Awaitable[None]]) -> None:
         name = feature.__name__
-        if names and name not in names:
-            continue
         try:
-            await asyncio.wait_for(feature(url), timeout_s)
+            async with turn, asyncio.timeout(timeout_s):
+                await feature(url)
             passed.append(name)
         except Exception as error:
             failed[name] = reason(error)
+
+    await asyncio.gather(*(check(feature) for feature in FEATURES if not names or feature.__name__ in names))
     version = importlib.metadata.version("mcp")
     return {"client": "features", "version": version, "passed": passed, "errors": failed}
 
@@ -257,9 +276,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds per feature")
+    parser.add_argument("--at-once", type=int, default=1, help="how many features to try at the same time")
     parser.add_argument("--only", nargs="*", default=[], choices=[feature.__name__ for feature in FEATURES])
     args = parser.parse_args()
-    report = asyncio.run(run(args.url, args.only, args.timeout))
+    report = asyncio.run(run(args.url, args.only, args.timeout, args.at_once))
     print(json.dumps(report))
     return 1 if report["errors"] else 0
 
