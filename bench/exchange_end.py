@@ -15,15 +15,16 @@ from typing import Any
 
 import uvloop
 from child import obey, say
-
-from leasehold.coordinator import Keyring, Keys, Member, Registration, RedisClients
+from leasehold.coordinator import Keyring, Keys, Member, RedisClients, Registration
 from leasehold.workers.forwarder import Forwarder
 
 SECRET = b"a secret for measurements only, long enough"
 SESSION = "5e" * 32
 EPOCH = 1
 ANSWER = b'{"jsonrpc":"2.0","id":1,"result":{"content":[{"type":"text","text":"%b"}],"isError":false}}' % (b"x" * 120)
-BODY = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"text":"%b"}}}' % (b"y" * 60)
+BODY = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"text":"%b"}}}' % (
+    b"y" * 60
+)
 SCOPE: dict[str, Any] = {
     "type": "http",
     "method": "POST",

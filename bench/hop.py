@@ -1,7 +1,7 @@
 """What a hop costs: `make bench` (ARGS="--seconds 3 --json").
 
-Everything runs side by side and is measured in turns, so that what disturbs the machine disturbs all alike: read the ratios, not the
-figures. Two layers:
+Everything runs side by side and is measured in turns, so that what disturbs the machine disturbs all alike: read the
+ratios, not the figures. Two layers:
 
     exchange   two processes, a trivial application at the owner, no HTTP: what the channel alone costs
     gateway    two one-worker gateways on one Redis, a stub upstream that answers in JSON or as event stream;
@@ -33,7 +33,6 @@ RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from fleet import run_gateway, write_config  # noqa: E402
-
 from leasehold.coordinator.embedded import EmbeddedRedis  # noqa: E402
 
 IN_FLIGHT = (1, 32)
@@ -142,9 +141,7 @@ def gateway_cases(stack: ExitStack, server: Redis, folder: Path) -> Iterator[Ser
     stub_url = stub.read()
     config = write_config(folder, {name: {"url": f"{stub_url}/{name}/mcp"} for name in ("json", "sse")})
     quiet = {"LEASEHOLD_LOG_LEVEL": "warning"} if "LEASEHOLD_LOG_LEVEL" in os.environ else None
-    gateways = [
-        stack.enter_context(run_gateway(config, folder, redis_url=server.url, env=quiet)) for _ in range(2)
-    ]
+    gateways = [stack.enter_context(run_gateway(config, folder, redis_url=server.url, env=quiet)) for _ in range(2)]
     sides = {
         "gateways": [pid for gateway in gateways for pid in family(gateway.pid)],
         "redis": [server.pid],
@@ -190,26 +187,34 @@ def goals(rows: list[dict[str, Any]]) -> Iterator[Goal]:
     yield Goal(f"exchange layer alone, {high} in flight: exchanges/s", rate, EXCHANGES_PER_S, at_least=True)
     for layer in ("json", "sse"):
         extra = by[layer, "forwarded", low]["p50_us"] - by[layer, "local", low]["p50_us"]
-        yield Goal(f"{layer}: what a hop adds to p50 / p50 of a bare exchange", extra / bare, HOP_PER_EXCHANGE, at_least=False)
+        yield Goal(
+            f"{layer}: what a hop adds to p50 / p50 of a bare exchange", extra / bare, HOP_PER_EXCHANGE, at_least=False
+        )
         yield Goal(f"{layer}: what a hop adds to p50, us", extra, HOP_US, at_least=False)
         ratio = by[layer, "forwarded", high]["calls_per_s"] / by[layer, "local", high]["calls_per_s"]
         yield Goal(f"{layer}: throughput forwarded / local, {high} in flight", ratio, THROUGHPUT_RATIO, at_least=True)
 
 
 def show(rows: list[dict[str, Any]], reached: list[Goal], console: Console) -> None:
-    table = Table("layer", "route", "in flight", "calls/s", "p50 us", "p99 us", "CPU us per call", "Redis commands per call")
+    table = Table(
+        "layer", "route", "in flight", "calls/s", "p50 us", "p99 us", "CPU us per call", "Redis commands per call"
+    )
     for column in table.columns[2:6]:
         column.justify = "right"
     for row in rows:
         cpu = ", ".join(f"{side} {us}" for side, us in row["cpu_us_per_call"].items())
-        commands = f"{row['redis_commands_per_call']} ({row['redis_commands_per_call_with_scripts']} with those in scripts)"
+        commands = (
+            f"{row['redis_commands_per_call']} ({row['redis_commands_per_call_with_scripts']} with those in scripts)"
+        )
         figures = (row[name] for name in ("in_flight", "calls_per_s", "p50_us", "p99_us"))
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
         table.add_row(row["layer"], row["route"] + failed, *(f"{figure:,}" for figure in figures), cpu, commands)
     console.print(table)
     for goal in reached:
         sign = ">=" if goal.at_least else "<="
-        console.print(f"{'met    ' if goal.met else 'NOT MET'}  {goal.what}: {goal.value:,.2f} (goal {sign} {goal.limit:,g})")
+        console.print(
+            f"{'met    ' if goal.met else 'NOT MET'}  {goal.what}: {goal.value:,.2f} (goal {sign} {goal.limit:,g})"
+        )
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Load from a client that costs almost nothing: raw keep-alive HTTP/1.1, requests encoded beforehand, one per connection in flight.
+"""Load from a client that costs almost nothing: raw keep-alive HTTP/1.1, requests encoded beforehand, one per
+connection in flight.
 
-    open  url, count                         -> session ids
-    run   targets [[url, ids]], in_flight, seconds  -> calls, failed, seconds, latencies_us
+open  url, count                         -> session ids
+run   targets [[url, ids]], in_flight, seconds  -> calls, failed, seconds, latencies_us
 """
 
 from __future__ import annotations

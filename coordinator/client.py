@@ -37,7 +37,7 @@ REDIS_FAILURES: Final = (RedisError, OSError, TimeoutError)
 Argument = str | bytes | int | float
 
 
-class NotConnected(RedisConnectionError):  # noqa: N818
+class NotConnected(RedisConnectionError):
     """Raised by our clients when no connection could be made: nothing of the command was sent."""
 
 

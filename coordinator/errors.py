@@ -7,14 +7,14 @@ class CoordinatorError(Exception):
     """Base of everything the coordinator raises on purpose."""
 
 
-class Unavailable(CoordinatorError):  # noqa: N818
+class Unavailable(CoordinatorError):
     """Raised when Redis cannot be reached, refuses writes or answers too late.
 
     Whether what was asked for was done is not known.
     """
 
 
-class LeaseLost(CoordinatorError):  # noqa: N818
+class LeaseLost(CoordinatorError):
     """Raised when this worker's lease has ended: it may write nothing until it has a new incarnation."""
 
 

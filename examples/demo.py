@@ -1,7 +1,7 @@
 """The main job, on real input: two stateful MCP servers behind a gateway of four workers, driven by an ordinary client.
 
-A balancer that knows nothing of sessions sends every request on a new connection, so calls land on any worker. The table says
-where each call landed, which worker owns its session, and what it returned. `--once` ends after the table.
+A balancer that knows nothing of sessions sends every request on a new connection, so calls land on any worker. The
+table says where each call landed, which worker owns its session, and what it returned. `--once` ends after the table.
 """
 
 import argparse
@@ -132,7 +132,9 @@ async def demo(once: bool, port: int) -> None:
             started(command, r"url=(http://[^/]+)", folder / "gateway.log", LEASEHOLD_ROUTE_HEADERS="true")
         )
         wait_ready(gateway)
-        console.print(f"A gateway of {WORKERS} workers at {gateway}, one Redis of its own, two stateful servers behind it.\n")
+        console.print(
+            f"A gateway of {WORKERS} workers at {gateway}, one Redis of its own, two stateful servers behind it.\n"
+        )
         async with RoundRobin([gateway]) as balancer:
             landed = set[str]()
             landed |= await drive(console, balancer.url, "counter", folder / "gateway.log")

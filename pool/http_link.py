@@ -1,8 +1,9 @@
 """The link to a streamable-HTTP upstream: bytes in, bytes out, one call's failure is one call's error.
 
-`aiohttp` carries it: measured four to six times cheaper than `httpx2` per POST, and a connection is used again after an SSE
-answer that was read to its end. The SDK's own client transport is not used: one dropped POST ends its session and every call in
-flight (modelcontextprotocol/python-sdk 3522), and with SSE answers it opens a connection per call (3281).
+`aiohttp` carries it: measured four to six times cheaper than `httpx2` per POST, and a connection is used again after
+an SSE answer that was read to its end. The SDK's own client transport is not used: one dropped POST ends its session
+and every call in flight (modelcontextprotocol/python-sdk 3522), and with SSE answers it opens a connection per call
+(3281).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .upstream import HttpTarget
 CONNECT_TIMEOUT_S: Final = 5.0
 DELETE_TIMEOUT_S: Final = 5.0
 KEEPALIVE_S: Final = 3.0
-"""How long an idle connection is kept: less than the 5 s after which uvicorn and Node close theirs, for a POST on a connection
-that closes under it may have run."""
+"""How long an idle connection is kept: less than the 5 s after which uvicorn and Node close theirs, for a POST on a
+connection that closes under it may have run."""
 
 SESSION_HEADER: Final = b"mcp-session-id"
 VERSION_HEADER: Final = b"mcp-protocol-version"
@@ -113,7 +114,8 @@ _attempt: ContextVar[_Attempt] = ContextVar("attempt")
 
 
 class _FencedRequest(ClientRequest):
-    """Checks the fence when there is a connection and the request is about to be written. A trace would cost a tenth of a call."""
+    """Checks the fence when there is a connection and the request is about to be written. A trace would cost a tenth
+    of a call."""
 
     async def send(self, conn: Any) -> ClientResponse:
         attempt = _attempt.get()
@@ -272,7 +274,8 @@ class HttpLink:
 
 
 async def _chunks(response: ClientResponse, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """The body as it comes, after one empty piece. Read to its end, the connection is used again; closed early, closed."""
+    """The body as it comes, after one empty piece. Read to its end, the connection is used again; closed early,
+    closed."""
     try:
         yield b""
         while chunk := await response.content.readany():

@@ -36,7 +36,8 @@ class PoolStatistics:
 
 
 class SessionPool:
-    """Owns the sessions of this process. Run `run()` in a task; no owner task outlives it, unless its link ignores cancellation.
+    """Owns the sessions of this process. Run `run()` in a task; no owner task outlives it, unless its link ignores
+    cancellation.
 
     `on_closed(session)` is called once when a session has ended, for whatever reason.
     """

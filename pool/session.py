@@ -1,7 +1,7 @@
 """One pooled session: its states, and the owner task that alone opens and closes its link.
 
-Cancel scopes and processes belong to the task that entered them. So a link is opened and closed by its owner task; request
-handlers, which come and go and are cancelled, only use it.
+Cancel scopes and processes belong to the task that entered them. So a link is opened and closed by its owner task;
+request handlers, which come and go and are cancelled, only use it.
 
     OPENING --opened--> READY --close--> CLOSING --closed--> CLOSED
        |                  `-----lost------^                    ^

@@ -260,8 +260,8 @@ class StdioLink:
     def _let_go(stream: LineStream) -> None:
         """The client no longer waits for this request: what still comes, comes as events.
 
-        Both majors of the Python SDK's client fail as a whole (ClosedResourceError) when plain JSON answers a request of
-        a session they are closing; an event they drop. The SDK's server answers a cancelled request so too.
+        Both majors of the Python SDK's client fail as a whole (ClosedResourceError) when plain JSON answers a request
+        of a session they are closing; an event they drop. The SDK's server answers a cancelled request so too.
         """
         stream.as_events = True
 

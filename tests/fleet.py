@@ -1,4 +1,5 @@
-"""Real processes for tests and benches: upstreams, gateway workers, a Redis, and a balancer that knows nothing of sessions."""
+"""Real processes for tests and benches: upstreams, gateway workers, a Redis, and a balancer that knows nothing of
+sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from leasehold.coordinator.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-SECRET = "a secret for tests only and long enough"  # noqa: S105
+SECRET = "a secret for tests only and long enough"
 START_TIMEOUT_S = 30
 
 if str(EXAMPLES) not in sys.path:
@@ -185,7 +186,9 @@ class Fleet:
         for worker in self.workers:
             with suppress(OSError):
                 for line in get(f"{worker.url}/metrics")[1].decode().splitlines():
-                    if re.match(rf"{name}(_total)?[ {{]", line) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                    if re.match(rf"{name}(_total)?[ {{]", line) and all(
+                        f'{k}="{v}"' in line for k, v in labels.items()
+                    ):
                         total += float(line.rsplit(" ", 1)[1])
         return total
 
@@ -212,5 +215,7 @@ async def run_fleet(
         for start in starting:
             stack.push(start.__exit__)
         stack.callback(fleet.terminate)
-        fleet.proxy = await stack.enter_async_context(RoundRobin([worker.url for worker in fleet.workers], at_random=at_random))
+        fleet.proxy = await stack.enter_async_context(
+            RoundRobin([worker.url for worker in fleet.workers], at_random=at_random)
+        )
         yield fleet

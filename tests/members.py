@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from faults import eventually
 from leasehold.coordinator import Keyring, Keys, Member, RedisClients, Refusal, Unavailable
 from leasehold.coordinator.channel import Receipt
 from leasehold.coordinator.frames import FROM_OWNER, Frame, FrameType, encode
-from leasehold.tests.faults import eventually
 from redis.asyncio import Redis
 
 KEYS = Keys("test")

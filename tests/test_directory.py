@@ -9,8 +9,8 @@ from typing import Any
 
 import fakeredis
 import pytest
+from faults import Mode, proxied
 from leasehold.coordinator import Directory, Keys, RedisClients, Registration, SessionRecord, Unavailable, session_key
-from leasehold.tests.faults import Mode, proxied
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.anyio

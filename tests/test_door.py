@@ -194,7 +194,9 @@ def test_a_post_must_be_json(content_type: bytes | None, expected: int) -> None:
     assert (refused.status if refused else 200) == expected
 
 
-@pytest.mark.parametrize(("accept", "expected"), [(b"text/event-stream", 200), (b"*/*", 200), (b"application/json", 406)])
+@pytest.mark.parametrize(
+    ("accept", "expected"), [(b"text/event-stream", 200), (b"*/*", 200), (b"application/json", 406)]
+)
 def test_a_get_must_accept_an_event_stream(accept: bytes, expected: int) -> None:
     """B50"""
     refused = refusal(check_get, [(b"accept", accept)])

@@ -139,7 +139,9 @@ def scope(path: str = "/", **extra: Any) -> dict[str, Any]:
     return {"type": "http", "method": "POST", "path": path, "query_string": b"a=%20b", "headers": [], **extra}
 
 
-async def forward(caller: Node, owner: Node, body: bytes = b"", path: str = "/", client: Client | None = None) -> Client:
+async def forward(
+    caller: Node, owner: Node, body: bytes = b"", path: str = "/", client: Client | None = None
+) -> Client:
     client = client or Client()
     async with asyncio.timeout(20):
         await caller.forwarder.forward(owner.registration, SESSION, scope(path), body, client.receive, client.send)

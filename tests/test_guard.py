@@ -39,7 +39,12 @@ class Client:
 
 
 async def reply(
-    status: int, chunks: list[bytes], *, content_type: bytes = JSON, request: Message | None = REQUEST, ends: bool = True
+    status: int,
+    chunks: list[bytes],
+    *,
+    content_type: bytes = JSON,
+    request: Message | None = REQUEST,
+    ends: bool = True,
 ) -> tuple[Guard, Client]:
     """Relay a reply through a guard; without `ends`, it breaks off."""
     client = Client()

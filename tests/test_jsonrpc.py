@@ -13,7 +13,9 @@ from leasehold.pool.jsonrpc import INVALID_REQUEST, PARSE_ERROR, InvalidMessage,
 IDS = st.one_of(st.text(max_size=20), st.integers(-(2**53), 2**53))
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
 VALUES: st.SearchStrategy[Any] = (
-    SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(["_meta", "name", "x"]), SCALARS, max_size=2)
+    SCALARS
+    | st.lists(SCALARS, max_size=3)
+    | st.dictionaries(st.sampled_from(["_meta", "name", "x"]), SCALARS, max_size=2)
 )
 
 
@@ -44,7 +46,8 @@ def test_the_three_kinds_of_message_are_told_apart(body: bytes, kind: str, ident
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"nope", b'{"jsonrpc":"2.0"', b"\xff\xfe", b'{"a":"\xff"}', b"{} {}", b"NaN", b"[" * 5000, b"\0"]
+    "body",
+    [b"", b"{", b"nope", b'{"jsonrpc":"2.0"', b"\xff\xfe", b'{"a":"\xff"}', b"{} {}", b"NaN", b"[" * 5000, b"\0"],
 )
 def test_what_is_not_json_is_a_parse_error(body: bytes) -> None:
     """B50"""
@@ -97,7 +100,7 @@ def test_any_bytes_are_a_message_or_refused_with_a_code(body: bytes) -> None:
 
 @given(
     st.fixed_dictionaries(
-        {}, optional={key: VALUES for key in ("id", "method", "params", "result", "error")} | {"jsonrpc": st.just("2.0")}
+        {}, optional=dict.fromkeys(("id", "method", "params", "result", "error"), VALUES) | {"jsonrpc": st.just("2.0")}
     )
 )
 def test_any_object_is_a_message_or_refused_and_its_head_can_be_read(payload: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from faults import Mode, eventually, proxied
 from leasehold.coordinator import RedisClients, Unavailable, list_peers
 from leasehold.coordinator.embedded import EmbeddedRedis
 from leasehold.coordinator.frames import Frame, FrameType
-from leasehold.tests.faults import Mode, eventually, proxied
-from leasehold.tests.members import KEYS, LEASE_MS, PER_MEMBER, Peer, Routed, fleet, one_of, two_of
+from members import KEYS, LEASE_MS, PER_MEMBER, Peer, Routed, fleet, one_of, two_of
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.anyio

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from faults import Mode, Proxy, eventually, proxied
 from leasehold.coordinator import RedisClients, Refusal, Unavailable
 from leasehold.coordinator.frames import Frame, FrameType, encode
 from leasehold.coordinator.inbox import Inbox
-from leasehold.tests.faults import Mode, Proxy, eventually, proxied
-from leasehold.tests.members import RING, Call, Peer, Routed, fleet, one_of, two_of
+from members import RING, Call, Peer, Routed, fleet, one_of, two_of
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from mcp_http import RawSession
 
 sys.path.append(str(ROOT / "bench"))
 
-from child import Child  # noqa: E402
+from child import Child
 
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
@@ -24,7 +24,8 @@ IN_FLIGHT = 32
 LOCAL_CALLS = 1000
 FORWARDED_CALLS = 320
 SLACK = 40
-"""Commands by which two spans of the same length may differ: renewals of the lease are jittered, and come a few at a time."""
+"""Commands by which two spans of the same length may differ: renewals of the lease are jittered, and come a few at a
+time."""
 MOST_PER_FORWARDED_CALL = 7
 """A push and at most two pops each way make six."""
 INSIDE_SCRIPTS = ("hget", "llen", "rpush", "pexpire")

@@ -6,7 +6,8 @@
     owner's lease has ended     -> taken over, and the same upstream session continued; pinned sessions end (404)
     no record                   -> 404, once absence is evidence; until then waited for, then 503
 
-A call that provably did not run is routed again, a bounded number of times. One that may have run is repeated only if it is safe.
+A call that provably did not run is routed again, a bounded number of times. One that may have run is repeated only if
+it is safe.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ MAX_ROUTES: Final = 8
 """How often one request is routed before its caller is told to come back."""
 BACKOFF_S: Final = (0.02, 0.2)
 HOLD_MARGIN_S: Final = 0.5
-"""A request waits this much longer than a lease for what may only be late: by then it is there, or its absence is evidence."""
+"""A request waits this much longer than a lease for what may only be late: by then it is there, or its absence is
+evidence."""
 MAX_ROUTES_KEPT: Final = 100_000
 
 SAFE_METHOD: Final = re.compile(r"ping|[a-z]+(/[a-z]+)*/(list|read|get)")

@@ -1,5 +1,5 @@
-"""The gateway's own answers: status, JSON-RPC error, headers. Refusals before any attempt are told by status; how a call ended
-by a JSON-RPC error in a 200, for clients of the 1.x SDKs end their whole session at a 5xx to one call."""
+"""The gateway's own answers: status, JSON-RPC error, headers. Refusals before any attempt are told by status; how a
+call ended by a JSON-RPC error in a 200, for clients of the 1.x SDKs end their whole session at a 5xx to one call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HANDSHAKE_VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-
 STATELESS_VERSIONS: Final = ("2026-07-28",)
 
 
-class Refused(Exception):  # noqa: N818 - not an error of ours: an answer
+class Refused(Exception):
     """Raised to answer a request without any attempt: HTTP status, JSON-RPC code and message."""
 
     def __init__(

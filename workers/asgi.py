@@ -35,7 +35,8 @@ def is_event_stream(headers: Headers) -> bool:
 
 
 async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """The whole body; raises `BodyTooLarge` above `limit` bytes (at once when the length is declared), `Disconnected`."""
+    """The whole body; raises `BodyTooLarge` above `limit` bytes (at once when the length is declared),
+    `Disconnected`."""
     declared = header(headers, b"content-length")
     # Python refuses to read very long numbers; this one is too large in any case.
     if declared is not None and declared.isdigit() and (len(declared) > MAX_DIGITS or int(declared) > limit):
@@ -80,7 +81,8 @@ async def has_left(receive: Receive) -> bool:
 
 
 class until_disconnect:  # noqa: N801
-    """Run the block until the client leaves; then the block is cancelled and `Disconnected` raised. The body must be read.
+    """Run the block until the client leaves; then the block is cancelled and `Disconnected` raised. The body must be
+    read.
 
     As `asyncio.timeout`, with another cause: one timer for a block that ends soon, a task only for one that does not.
     """

@@ -12,14 +12,15 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
+from click.exceptions import ClickException
 from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..coordinator import CoordinatorError, Directory, Keys, RedisClients, SessionRecord, list_peers
-from ..coordinator.client import REDIS_FAILURES
 from ..coordinator.embedded import EmbeddedRedisError
 from ..pool import Config, ConfigError, HttpTarget, load_config
+from .errors import ServeError
 from .logs import configure_logs
 from .settings import Settings, SettingsError, load_settings
 
@@ -40,7 +41,8 @@ app.add_typer(sessions_app, name="sessions")
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG", help="File with `mcpServers`. [default: $LEASEHOLD_CONFIG or mcp.json]")
+    Path | None,
+    typer.Argument(metavar="CONFIG", help="File with `mcpServers`. [default: $LEASEHOLD_CONFIG or mcp.json]"),
 ]
 RedisUrl = Annotated[
     str | None,
@@ -70,15 +72,15 @@ def serve(
 ) -> None:
     """Serve the MCP servers of CONFIG at /servers/{name}/mcp.
 
-    Without a Redis URL a private Redis server is started and stopped with the command; several machines need one of their
-    own, and LEASEHOLD_SECRET.
+    Without a Redis URL a private Redis server is started and stopped with the command; several machines need one of
+    their own, and LEASEHOLD_SECRET.
     """
     settings = load_settings(os.environ, config=config, host=host, port=port, workers=workers, redis_url=redis)
     configure_logs(settings.log_level, settings.log_format)
     loaded = _load(settings.config)
     for warning in loaded.warnings:
         Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False)
-    from .supervisor import Supervisor  # noqa: PLC0415 - the listings need none of it
+    from .supervisor import Supervisor  # the listings need none of it
 
     raise typer.Exit(Supervisor(settings, loaded).run())
 
@@ -101,7 +103,13 @@ def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
     _print_table(
         ["worker", "host", "pid", "started", "lease"],
         [
-            [row["incarnation"][:8], row.get("host", ""), row.get("pid", ""), row.get("started", ""), f"{row['lease_ms']} ms"]
+            [
+                row["incarnation"][:8],
+                row.get("host", ""),
+                row.get("pid", ""),
+                row.get("started", ""),
+                f"{row['lease_ms']} ms",
+            ]
             for row in rows
         ],
     )
@@ -109,7 +117,8 @@ def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
 
 @sessions_app.command("ls")
 def list_sessions(redis: RedisUrl = None, as_json: Json = False) -> None:
-    """List the sessions of all workers. Session ids are secrets and not known here; a session is named by their SHA-256."""
+    """List the sessions of all workers. Session ids are secrets and not known here; a session is named by their
+    SHA-256."""
     settings = load_settings(os.environ, serving=False, redis_url=redis)
 
     async def read() -> list[SessionRecord]:
@@ -180,23 +189,14 @@ def main() -> int:
         result = app(standalone_mode=False)
     except (ConfigError, SettingsError) as error:
         return _fail(str(error), 2)
-    except typer.Abort:
-        return 130
-    except Exception as error:
-        return _fail_by(error)
-    return int(result or 0)
-
-
-def _fail_by(error: Exception) -> int:
-    from click.exceptions import ClickException  # noqa: PLC0415
-
-    if isinstance(error, ClickException):
+    except (ServeError, EmbeddedRedisError) as error:
+        return _fail(str(error), 1)
+    except ClickException as error:
         error.show()
         return error.exit_code
-    # Not imported at the top: the listings need no supervisor.
-    if type(error).__name__ == "ServeError" or isinstance(error, EmbeddedRedisError):
-        return _fail(str(error), 1)
-    raise error
+    except typer.Abort:
+        return 130
+    return int(result or 0)
 
 
 def _load(path: Path | None) -> Config:
@@ -215,7 +215,7 @@ def _redis_url(settings: Settings) -> str:
 def _read(reading: Coroutine[Any, Any, T], settings: Settings) -> T:
     try:
         return asyncio.run(reading)
-    except (CoordinatorError, *REDIS_FAILURES) as error:
+    except CoordinatorError as error:
         place = RedisClients(_redis_url(settings)).place
         raise SettingsError(f"Redis at {place} does not answer: {type(error).__name__}") from None
 

@@ -1,7 +1,7 @@
 """The door: who may come in, and what a request must look like before anything is done for it.
 
-Statuses and JSON-RPC errors follow the specification of the streamable HTTP transport (2025-11-25 and 2026-07-28): 403 for a bad
-Origin, 406 and 415 for wrong headers, 400 for what is no JSON-RPC message or no known protocol version.
+Statuses and JSON-RPC errors follow the specification of the streamable HTTP transport (2025-11-25 and 2026-07-28): 403
+for a bad Origin, 406 and 415 for wrong headers, 400 for what is no JSON-RPC message or no known protocol version.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _REFUSED_TYPE = re.compile(rb"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Host, Origin and token checks. With no `hosts`, a gateway that listens on loopback lets in loopback names only."""
+    """Host, Origin and token checks. With no `hosts`, a gateway that listens on loopback lets in loopback names
+    only."""
 
     tokens: Sequence[bytes]
     hosts: Sequence[str]
@@ -58,8 +59,8 @@ class Door:
             return False
         if any(_origin_matches(origin, parts, allowed) for allowed in self.origins):
             return True
-        # The gateway's own pages, if its name was checked (or whoever rebinds a name to this address would pass), and on
-        # loopback any page of this machine.
+        # The gateway's own pages, if its name was checked (or whoever rebinds a name to this address would pass), and
+        # on loopback any page of this machine.
         own = bool(self.hosts) and parts.netloc == host
         return own or (self.loopback_only and _name(parts.netloc) in LOOPBACK)
 
@@ -68,7 +69,7 @@ class Door:
         if scheme.lower() != b"bearer":
             return False
         # Every token is compared: the time tells nothing about which one, or whether any, was close.
-        return any([hmac.compare_digest(token.strip(), known) for known in self.tokens])
+        return sum(hmac.compare_digest(token.strip(), known) for known in self.tokens) > 0
 
 
 def _name(netloc: str) -> str:

@@ -1,7 +1,7 @@
 """Which upstreams are of the handshake era only, learnt from how they answer requests of protocol 2026-07-28.
 
-Asking once is enough: old servers open a session for every probe and keep it. What is learnt is forgotten after a while, for an
-upstream may be upgraded.
+Asking once is enough: old servers open a session for every probe and keep it. What is learnt is forgotten after a
+while, for an upstream may be upgraded.
 """
 
 from __future__ import annotations

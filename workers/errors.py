@@ -22,7 +22,8 @@ class BodyTooLarge(WorkerError):
 
 
 class NotRun(WorkerError):
-    """Raised when a forwarded call provably did not run; `owner` is the registration that stands, where the refuser knew."""
+    """Raised when a forwarded call provably did not run; `owner` is the registration that stands, where the refuser
+    knew."""
 
     def __init__(self, reason: str, owner: Registration | None = None) -> None:
         super().__init__(reason)
@@ -36,3 +37,7 @@ class OutcomeUnknown(WorkerError):
 
 class BrokenOff(WorkerError):
     """Raised when a response ended before it was complete: the client must see that, too."""
+
+
+class ServeError(WorkerError):
+    """Raised when serving cannot begin; the message is for the operator."""

@@ -1,7 +1,7 @@
 """One exchange: an ASGI request that crosses to the owner, and its response that streams back.
 
-Each end is a small object fed with frames by the reader, synchronously; the task that relays waits on it. Body bytes go at most
-WINDOW ahead of the other end's credit, so a slow client costs memory once, not without bound.
+Each end is a small object fed with frames by the reader, synchronously; the task that relays waits on it. Body bytes
+go at most WINDOW ahead of the other end's credit, so a slow client costs memory once, not without bound.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The forwarder: both ends of all exchanges of a worker.
 
-At most once: after a REQUEST was pushed, what became of it is never guessed. It ends in a response, in a NACK or a refusal (it did
-not run: `NotRun`), or, when its owner died after reading it or frames were lost, as `OutcomeUnknown`.
+At most once: after a REQUEST was pushed, what became of it is never guessed. It ends in a response, in a NACK or a
+refusal (it did not run: `NotRun`), or, when its owner died after reading it or frames were lost, as `OutcomeUnknown`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Ownership(Protocol):
 
 @dataclass(slots=True)
 class ForwarderStatistics:
-    """Requests since start. Caller: sent = answered + not_run + unknown + abandoned + open. Owner: executed, refused by reason."""
+    """Requests since start. Caller: sent = answered + not_run + unknown + abandoned + open. Owner: executed, refused
+    by reason."""
 
     sent: int = 0
     answered: int = 0
@@ -94,8 +95,8 @@ class Forwarder:
     ) -> None:
         """Run a request at the owner of session `key` and stream its response to `send`.
 
-        Raises `NotRun`, `OutcomeUnknown`, `BrokenOff` (the response had begun), `Disconnected` (the client left; the owner is
-        told), and `Unavailable` when Redis cannot be written to: nothing was sent.
+        Raises `NotRun`, `OutcomeUnknown`, `BrokenOff` (the response had begun), `Disconnected` (the client left; the
+        owner is told), and `Unavailable` when Redis cannot be written to: nothing was sent.
         """
         self._next_id += 1
         exchange = CallerExchange(self._next_id, to.owner, body, lambda data: None)
@@ -196,7 +197,13 @@ class Forwarder:
     # -- the owner's end -------------------------------------------------------------------------------------------
 
     def _start(self, sender: str, frame: Frame) -> None:
-        head, body = unpack_request(frame.payload)
+        try:
+            head, body = unpack_request(frame.payload)
+        except FrameError as error:  # a peer of another version; its caller must not wait
+            logger.warning("request_malformed sender=%s error=%s", sender[:8], error)
+            self._count_nack("malformed")
+            self._member.outbox.post(sender, nack(frame.exchange, "malformed"))
+            return
         refusal = self._refuse(head)
         if refusal is not None:
             reason, stands = refusal
@@ -322,7 +329,8 @@ class Forwarder:
             owner.disconnect()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until nothing runs here for others, at most `timeout_s`; then disconnect what does. GET streams never end: at once."""
+        """Wait until nothing runs here for others, at most `timeout_s`; then disconnect what does. GET streams never
+        end: at once."""
         for owner in list(self._owners.values()):
             if owner.head.method == "GET":
                 owner.disconnect()

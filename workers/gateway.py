@@ -5,7 +5,8 @@
     /readyz               200 once it may take requests, 503 while it starts or drains
     /metrics              Prometheus, all workers of the process group
 
-The same application runs what arrives by a hop: `leasehold.hop` in the scope says so, and the door was passed at the other end.
+The same application runs what arrives by a hop: `leasehold.hop` in the scope says so, and the door was passed at the
+other end.
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ class Gateway:
             await self._serve_sessionless(upstream, message, body, scope, receive, guard.send)
 
     async def _break_off(self, guard: Guard, message: str) -> None:
-        """An answer cannot be completed. A stream can still say so; anything else is left unfinished, so that the client sees it."""
+        """An answer cannot be completed. A stream can still say so; anything else is left unfinished, so that the
+        client sees it."""
         if not guard.is_stream:
             raise ConnectionAbortedError(message)
         last = b""
@@ -268,7 +270,8 @@ class Gateway:
     async def _initialize(
         self, upstream: Upstream, message: Message, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Open a session, and let its id leave only when its record is written, and only to a client that is still there."""
+        """Open a session, and let its id leave only when its record is written, and only to a client that is still
+        there."""
         credential = header(scope["headers"], b"authorization") or b""
         session_id = self._identity.mint(upstream.name, credential)
         key = session_key(session_id)
@@ -308,7 +311,8 @@ class Gateway:
     async def _ask(
         self, link: Link, message: Message, body: bytes, headers: Headers
     ) -> tuple[Reply, bytes, str | None]:
-        """Ask for `initialize`: the reply, its body, and the protocol version agreed on; None when the upstream refused."""
+        """Ask for `initialize`: the reply, its body, and the protocol version agreed on; None when the upstream
+        refused."""
         reply = await link.post(message, body, headers)
         is_stream = is_event_stream(reply.headers)
         splitter = EventSplitter(self._max_body_bytes)

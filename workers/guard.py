@@ -2,7 +2,8 @@
 
 * A status outside 2xx is an error whatever its body says.
 * A 2xx JSON answer to a request must be one complete JSON-RPC response; 202 and 204 need no body.
-* An event stream is judged event by event; the answer to the request decides. An early end is allowed: the client may resume.
+* An event stream is judged event by event; the answer to the request decides. An early end is allowed: the client may
+  resume.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .asgi import Send, is_event_stream
 Verdict = Literal["ok", "error", "incomplete"]
 
 MAX_JUDGED: Final = 4 * 1024 * 1024
-"""A JSON body (or event) above this is not parsed only to be counted; that it was complete is known from its framing."""
+"""A JSON body (or event) above this is not parsed only to be counted; that it was complete is known from its
+framing."""
 
 
 def is_success(status: int, body: bytes, request: Message | None) -> bool:

@@ -1,8 +1,8 @@
 """Who calls, and which session he names.
 
-A session id is a bearer secret: random bytes and a MAC over them, the server's name and the credential it was issued to. So an
-id that was made up, belongs to another server or to another principal fails the same check in the same way, without a
-look-up, and is answered as an unknown one.
+A session id is a bearer secret: random bytes and a MAC over them, the server's name and the credential it was issued
+to. So an id that was made up, belongs to another server or to another principal fails the same check in the same way,
+without a look-up, and is answered as an unknown one.
 """
 
 from __future__ import annotations

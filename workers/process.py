@@ -52,8 +52,11 @@ class _Server(uvicorn.Server):
 
 
 def run_worker(plan: WorkerPlan, listener: socket.socket, *, lifeline: int, announce: int) -> None:
-    """Serve until SIGTERM, or until `lifeline` (a pipe from the supervisor) closes; each incarnation is written to `announce`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor passes on what it means
+    """Serve until SIGTERM, or until `lifeline` (a pipe from the supervisor) closes; each incarnation is written to
+    `announce`."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the supervisor passes on what it means
     uvloop.run(_serve(plan, listener, lifeline, announce))
 
 

@@ -1,7 +1,7 @@
 """The relay: one request to one link, and its reply back to the client, as bytes.
 
-Runs at the owner, for requests that landed there and for those that came by a hop. A link's failure is this call's failure only,
-told as a JSON-RPC error that says whether it may have run.
+Runs at the owner, for requests that landed there and for those that came by a hop. A link's failure is this call's
+failure only, told as a JSON-RPC error that says whether it may have run.
 """
 
 from __future__ import annotations

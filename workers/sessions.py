@@ -1,8 +1,8 @@
 """The sessions this worker owns: live in the pool, registered in the directory, under the current incarnation.
 
 Redis is hints, owners are the truth: a session that is live here under a valid lease is served without asking. When the
-lease was lost, each session is re-claimed by compare-and-set before its next upstream write; whoever took it over in the
-meantime keeps it, and our copy is dropped without telling the upstream.
+lease was lost, each session is re-claimed by compare-and-set before its next upstream write; whoever took it over in
+the meantime keeps it, and our copy is dropped without telling the upstream.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ class Sessions:
     def holds(self, owned: Owned) -> bool:
         """Whether an upstream write of this session may start in this turn of the loop."""
         registration = owned.registration
-        return self._member.may_write() and (
-            registration is None or registration.owner == self._member.incarnation
-        )
+        return self._member.may_write() and (registration is None or registration.owner == self._member.incarnation)
 
     def refuse(self, head: RequestHead) -> tuple[str, Registration | None] | None:
         """Admission of a forwarded request (see `Forwarder`)."""
@@ -99,7 +97,8 @@ class Sessions:
     async def adopt(self, record: SessionRecord) -> Owned | None:
         """Take over a session whose owner's lease has ended, and continue the same upstream session.
 
-        None when somebody else was quicker. Raises `Unavailable`, and `SealError` for a record that cannot be continued.
+        None when somebody else was quicker. Raises `Unavailable`, and `SealError` for a record that cannot be
+        continued.
         """
         upstream = self._upstreams.get(record.upstream)
         if upstream is None or record.resume is None:
@@ -141,7 +140,9 @@ class Sessions:
             and now - owned.refreshed_at > owned.session.upstream.idle_ttl_s * REFRESH_EVERY
         ]
         held = [
-            (owned.session.key, owned.registration, self._ttl_ms(owned)) for owned in due if owned.registration is not None
+            (owned.session.key, owned.registration, self._ttl_ms(owned))
+            for owned in due
+            if owned.registration is not None
         ]
         gone = set(await self._member.directory.refresh(held))
         for owned in due:

@@ -1,7 +1,7 @@
 """`leasehold serve`: one listening socket, N worker processes, and a private Redis where none is given.
 
-The supervisor forks before it has any thread or event loop, waits for signals in one place, restarts a worker that died, and
-ends a dead worker's lease at once, so that its sessions move without waiting for it to lapse.
+The supervisor forks before it has any thread or event loop, waits for signals in one place, restarts a worker that
+died, and ends a dead worker's lease at once, so that its sessions move without waiting for it to lapse.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import redis
 from ..coordinator import Keys, RedisClients, end_lease
 from ..coordinator.embedded import EmbeddedRedis
 from ..pool import Config
+from .errors import ServeError
 from .settings import Settings
 
 logger = logging.getLogger("leasehold.workers.supervisor")
@@ -35,10 +36,6 @@ STABLE_S: Final = 10.0
 STOP_MARGIN_S: Final = 20.0
 """Beyond the grace time, for closing sessions (bounded each) before a worker is killed."""
 NOTICE_TIMEOUT_S: Final = 0.2
-
-
-class ServeError(Exception):
-    """Raised when serving cannot begin; the message is for the operator."""
 
 
 @dataclass(slots=True)
@@ -104,7 +101,9 @@ class Supervisor:
         for name in self._config.servers:
             logger.info("serving server=%s url=http://%s:%d/servers/%s/mcp", name, shown, port, name)
         if not self._settings.tokens and host not in ("127.0.0.1", "::1"):
-            logger.warning("open_to_all host=%s: set LEASEHOLD_TOKENS, or whoever reaches it can use every server", shown)
+            logger.warning(
+                "open_to_all host=%s: set LEASEHOLD_TOKENS, or whoever reaches it can use every server", shown
+            )
 
     def _supervise(self, listener: socket.socket, lifeline_read: int, lifeline_write: int) -> None:
         while not self._stopping:
@@ -137,7 +136,7 @@ class Supervisor:
 
     def work(self, index: int, listener: socket.socket, lifeline: int, announce: int) -> None:
         """In the child: serve."""
-        from .process import WorkerPlan, run_worker  # noqa: PLC0415 - see run()
+        from .process import WorkerPlan, run_worker  # see run()
 
         plan = WorkerPlan(
             self._settings,
@@ -206,9 +205,7 @@ class Supervisor:
                 os.kill(pid, number)
 
 
-def _be_worker(
-    supervisor: Supervisor, index: int, listener: socket.socket, lifeline: int, announce: int
-) -> None:
+def _be_worker(supervisor: Supervisor, index: int, listener: socket.socket, lifeline: int, announce: int) -> None:
     """Never returns: nothing of the supervisor's stack (its Redis, its directories) may be unwound in a child."""
     code = 1
     try:
@@ -223,7 +220,8 @@ def _be_worker(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """One socket for all workers: with SO_REUSEPORT, a worker that closes its own would drop the connections queued on it."""
+    """One socket for all workers: with SO_REUSEPORT, a worker that closes its own would drop the connections queued on
+    it."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]

@@ -45,7 +45,8 @@ class Worker:
         ephemeral: bool,
         index: int = 0,
     ) -> None:
-        """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt them."""
+        """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
+        them."""
         self.settings = settings
         self._ephemeral = ephemeral
         clients = RedisClients(redis_url)
@@ -62,9 +63,7 @@ class Worker:
         self.telemetry.observe = self._observe
         self.keeper = StreamKeeper()
         self.pool = SessionPool()
-        self.member = Member(
-            clients, keys, keyring, self, lease_ttl_ms=settings.lease_ttl_ms, info=info
-        )
+        self.member = Member(clients, keys, keyring, self, lease_ttl_ms=settings.lease_ttl_ms, info=info)
         self.sessions = Sessions(self.member, self.pool, keyring, config.servers)
         loopback = settings.host in ("localhost", "127.0.0.1", "::1") or settings.host in LOOPBACK
         entry = Door(
@@ -89,6 +88,7 @@ class Worker:
         self.gateway.affinity = self.affinity
         self._joined = asyncio.Event()
         self._draining = False
+        self._tasks: asyncio.TaskGroup | None = None
         self.on_joined: Callable[[str], None] = lambda _incarnation: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +114,7 @@ class Worker:
     async def running(self) -> AsyncGenerator[None, None]:
         """Join the fleet and serve; on leaving, drain and stop. Without Redis it starts unready and joins later."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             member = tasks.create_task(self.member.run(), name="leasehold-member")
             pool = tasks.create_task(self.pool.run(), name="leasehold-pool")
             background = [
@@ -230,10 +231,8 @@ class Worker:
         self.forwarder.lost()
 
     def redis_changed(self) -> None:
-        asyncio.get_running_loop().create_task(self._reclaim(), name="leasehold-reclaim")
-
-    async def _reclaim(self) -> None:
-        await self.sessions.reclaim()
+        if self._tasks is not None:
+            self._tasks.create_task(self.sessions.reclaim(), name="leasehold-reclaim")
 
     def rotated(self) -> None:
         self.forwarder.rotated()

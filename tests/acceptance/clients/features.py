@@ -199,7 +199,7 @@ async def cancel_and_close(url: str) -> None:
                 await waiting
             await asyncio.sleep(after_s)
 
-    await asyncio.gather(*(leave(number * 0.2) for number in range(6)))
+    await asyncio.gather(*(leave(after_s) for after_s in (0, 0.3, 0.9)))
 
 
 async def concurrency(url: str) -> None:
