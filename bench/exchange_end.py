@@ -22,9 +22,8 @@ SECRET = b"a secret for measurements only, long enough"
 SESSION = "5e" * 32
 EPOCH = 1
 ANSWER = b'{"jsonrpc":"2.0","id":1,"result":{"content":[{"type":"text","text":"%b"}],"isError":false}}' % (b"x" * 120)
-BODY = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"text":"%b"}}}' % (
-    b"y" * 60
-)
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"text":"%b"}}}'
+BODY = CALL % (b"y" * 60)
 SCOPE: dict[str, Any] = {
     "type": "http",
     "method": "POST",

@@ -1,8 +1,9 @@
-"""Load from a client that costs almost nothing: raw keep-alive HTTP/1.1, requests encoded beforehand, one per
-connection in flight.
+"""Load from a client that costs almost nothing: raw keep-alive HTTP/1.1, requests encoded beforehand.
 
-open  url, count                         -> session ids
-run   targets [[url, ids]], in_flight, seconds  -> calls, failed, seconds, latencies_us
+One request is in flight per connection. Commands:
+
+    open  url, count                                -> session ids
+    run   targets [[url, ids]], in_flight, seconds  -> calls, failed, seconds, latencies_us
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ from .client import RedisClients
 from .directory import Claimed, Directory, Registration, SessionRecord
 from .errors import CoordinatorError, LeaseLost, SealError, Unavailable
 from .keys import Keys, session_key
-from .member import Fate, Listener, Member, PeerInfo, end_lease, list_peers
+from .member import Member
 from .outbox import Outbox, Refusal, Ticket
+from .peers import Fate, Listener, PeerInfo, end_lease, list_peers
 from .sealing import Keyring
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Live MCP sessions: opening, holding and closing them, and relaying messages to them. Knows no Redis."""
 
+from .config import load_config, parse_config
 from .errors import (
     CallTimeout,
     ConfigError,
@@ -16,7 +17,7 @@ from .link import Link, Reply, ResumeRecord
 from .pool import SessionPool
 from .session import PooledSession
 from .stdio_link import StdioLink
-from .upstream import Config, HttpTarget, StdioTarget, Upstream, load_config, parse_config
+from .upstream import Config, HttpTarget, StdioTarget, Upstream
 
 __all__ = [
     "CallTimeout",

@@ -131,7 +131,7 @@ class PooledSession:
         self.close_reason = self.close_reason or reason
         self._step(Event.CLOSE)
         self._close_asked.set()
-        if self._opening is not None:
+        if self._opening is not None and not self._opening.expired():
             self._opening.reschedule(asyncio.get_running_loop().time())
 
     def abandon(self, reason: str) -> None:
@@ -165,6 +165,9 @@ class PooledSession:
                 self._fail_open(OpenFailed("the pool is closing"))
 
     async def _open(self, open_link: OpenLink) -> Link | None:
+        if self._close_asked.is_set():
+            self._fail_open(OpenFailed("closed before it was open"))
+            return None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S) as self._opening:
                 self._link = await open_link()

@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 
 import pytest
+from leasehold.pool import Config, HttpTarget, StdioTarget, load_config, parse_config
 from leasehold.pool.errors import ConfigError
-from leasehold.pool.upstream import Config, HttpTarget, StdioTarget, load_config, parse_config
 
 ENVIRON = {"TOKEN": "s3cret-token", "EMPTY": "", "HOME": "/srv", "NESTED": "${TOKEN}"}
 

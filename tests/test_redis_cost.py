@@ -24,8 +24,7 @@ IN_FLIGHT = 32
 LOCAL_CALLS = 1000
 FORWARDED_CALLS = 320
 SLACK = 40
-"""Commands by which two spans of the same length may differ: renewals of the lease are jittered, and come a few at a
-time."""
+"""Commands by which two spans of the same length may differ: renewals are jittered, and come a few at a time."""
 MOST_PER_FORWARDED_CALL = 7
 """A push and at most two pops each way make six."""
 INSIDE_SCRIPTS = ("hget", "llen", "rpush", "pexpire")
@@ -81,7 +80,7 @@ async def idle_commands(fleet: Fleet, seconds: float) -> int:
 
 
 async def test_local_calls_cost_no_redis_command(fleet: Fleet, sessions: list[RawSession]) -> None:
-    """A thousand calls at the owner raise the count no more than doing nothing for as long (B15)."""
+    """A thousand calls at the owner raise the count no more than doing nothing for as long."""
     before = commands(fleet)
     seconds = await call_through(fleet, 0, sessions, 8, LOCAL_CALLS)
     busy = commands(fleet) - before

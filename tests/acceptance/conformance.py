@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from acceptance.driving import Traffic
 from acceptance.environments import node, node_environment, package
 from fleet import run_example, run_fleet
 
@@ -98,15 +99,11 @@ async def compare(requirements: str, runs: int, at_random: bool) -> bool:
         show(direct, f"{requirements} directly")
         missing = []
         async with run_fleet(Path(name), {"everything": {"url": upstream.url}}, at_random=at_random) as fleet:
-            assert fleet.proxy is not None
             for number in range(1, runs + 1):
                 results = await asyncio.to_thread(run_suite, fleet.url("everything"), requirements)
                 show(results, f"{requirements} run {number}")
                 missing += results.lacks(direct)
-            local, forwarded = (
-                await asyncio.to_thread(fleet.metric, f"leasehold_calls_{how}") for how in ("local", "forwarded")
-            )
-            print(f"requests local {local:g}, forwarded {forwarded:g}, per worker {fleet.proxy.served}")
+            print(await Traffic.of(fleet))
     for line in missing:
         print(f"passes directly, not through the gateway: {line}")
     return not missing
