@@ -41,7 +41,7 @@ from leasehold.coordinator.embedded import EmbeddedRedis  # noqa: E402
 
 IN_FLIGHT = (1, 32)
 SESSIONS = 64
-ROUNDS = 3
+ROUNDS = 6
 WARM_UP_S = 0.3
 INSIDE_SCRIPTS = ("hget", "hmget", "llen", "rpush", "pexpire", "time", "exists", "pttl")
 """Redis counts what a script calls as commands too; we send these only inside scripts, or a few times per second."""

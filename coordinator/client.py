@@ -19,7 +19,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from .errors import Unavailable
 
@@ -47,13 +47,13 @@ class RedisClients:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def blocking(self) -> Redis:
+    def blocking(self) -> Line:
         """One connection for blocking pops: the server ends them; no socket timeout may cut a pop in two."""
-        return self._make(connections=1, timeout_s=None)
+        return Line(self._make(connections=1, timeout_s=None))
 
-    def writer(self) -> Redis:
+    def writer(self) -> Line:
         """One connection for pushes; the outbox bounds them with `overdue`, which costs less than a socket timeout."""
-        return self._make(connections=1, timeout_s=None)
+        return Line(self._make(connections=1, timeout_s=None))
 
     def lookups(self) -> Redis:
         """A few connections for everything else; a caller waits for a free one at most `COMMAND_TIMEOUT_S`."""
@@ -82,19 +82,79 @@ class RedisClients:
         return f"{parts.scheme}://{parts.path if parts.scheme == 'unix' else f'{parts.hostname}:{parts.port or 6379}'}"
 
 
-async def execute(client: Redis, *command: Argument) -> Any:
+class Line:
+    """One connection, held for good, a layer below redis-py's client, which costs four times as much a command.
+
+    One caller at a time. It is made again when it broke; what was under way then raises `REDIS_FAILURES`.
+    """
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client  # knows how to connect: address, credentials, TLS
+        self._connection: AbstractConnection | None = None
+
+    async def ask(self, *commands: Sequence[Argument]) -> list[Any]:
+        """Send commands in one write and read their answers in order; a refusal (`ResponseError`) stands in its
+        place."""
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = self._client.connection_pool.make_connection()
+        try:
+            if getattr(connection, "closed_by_peer", False):
+                await connection.disconnect()
+            await connection.connect()
+            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            return [await _answer(connection) for _ in commands]
+        except BaseException:
+            # Answers that are still under way would be taken for those of the next commands.
+            await connection.disconnect(nowait=True)
+            raise
+
+    async def drop(self) -> None:
+        """Break the connection; whoever waits on it gets a `ConnectionError`."""
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+    async def aclose(self) -> None:
+        await self.drop()
+        await self._client.aclose()
+
+
+async def _answer(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()  # pyright: ignore[reportUnknownVariableType]
+    except ResponseError as refusal:
+        return refusal
+
+
+async def execute(client: Redis | Line, *command: Argument) -> Any:
     """One command; raises `REDIS_FAILURES`."""
+    if isinstance(client, Line):
+        (answer,) = await client.ask(command)
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
     return await client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 async def execute_all(
-    client: Redis, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
+    client: Redis | Line, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
 ) -> list[Any]:
     """Many commands in one round trip, no transaction; raises `REDIS_FAILURES`, or returns a refusal in its place."""
+    if isinstance(client, Line):
+        answers = await client.ask(*commands)
+        refusals = [answer for answer in answers if isinstance(answer, ResponseError)]
+        if raise_on_error and refusals:
+            raise refusals[0]
+        return answers
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
     return await pipeline.execute(raise_on_error=raise_on_error)
+
+
+def run_id(info: bytes) -> str:
+    """The node's name for this run of its, out of the answer to INFO."""
+    return info.partition(b"run_id:")[2].partition(b"\r\n")[0].decode()
 
 
 async def scan_hashes(client: Redis, pattern: str) -> AsyncGenerator[list[tuple[str, dict[bytes, bytes], int]], None]:
@@ -144,6 +204,12 @@ def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
     """A connection class that tells "could not connect" from "broke after something was sent": redis-py does not."""
 
     class TellingConnection(kind):
+        @property
+        def closed_by_peer(self) -> bool:
+            """Whether the server has closed it while nothing was asked."""
+            reader = self._reader
+            return reader is not None and reader.at_eof()
+
         async def connect(self) -> Any:
             try:
                 return await super().connect()

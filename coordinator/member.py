@@ -36,10 +36,12 @@ from .client import (
     COMMAND_TIMEOUT_S,
     REDIS_FAILURES,
     Argument,
+    Line,
     RedisClients,
     execute,
     execute_all,
     overdue,
+    run_id,
     translated,
 )
 from .clock import RedisClock, monotonic
@@ -87,8 +89,8 @@ class Member:
         self._lease_ttl_ms = lease_ttl_ms
         self._info = info
         self._mailbox_limit = mailbox_limit
-        self._reader: Redis = clients.blocking()
-        self._writer: Redis = clients.writer()
+        self._reader: Line = clients.blocking()
+        self._writer: Line = clients.writer()
         self._lookups: Redis = clients.lookups()
         self.directory = Directory(self._lookups, keys)
         self.clock = RedisClock()
@@ -214,7 +216,7 @@ class Member:
             await execute_all(self._lookups, commands)
         except REDIS_FAILURES as error:
             logger.warning("lease_not_released error=%s", type(error).__name__)
-            await self._reader.connection_pool.disconnect()
+            await self._reader.drop()
 
     async def _finish(self) -> None:
         """Answer what is still in the mailbox, where nothing comes in any more, and send what is still to be sent."""
@@ -267,7 +269,7 @@ class Member:
         self._outbox = Outbox(self._writer, self._keys, self._keyring, incarnation, mailbox_limit=self._mailbox_limit)
         self._outbox.on_owner_down = self._push_found_down
         self._inbox = Inbox(self._keyring, incarnation, self._deliver)
-        self._renewed(before, time_ms, server["run_id"])
+        self._renewed(before, time_ms, run_id(server))
         logger.info("lease_acquired incarnation=%s ttl_ms=%d", incarnation[:8], self._lease_ttl_ms)
         return True
 
@@ -302,7 +304,7 @@ class Member:
                     logger.warning("mailbox_broken place=%s error=%s", self._clients.place, type(error).__name__)
                 broken = True
                 self._broken()
-                await self._reader.connection_pool.disconnect()
+                await self._reader.drop()
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
                 delay = min(high, delay * 2)
 
@@ -310,7 +312,7 @@ class Member:
         try:
             await self._load_scripts()
         except REDIS_FAILURES:
-            await self._reader.connection_pool.disconnect()
+            await self._reader.drop()
 
     def _broken(self) -> None:
         self.reachable = False
@@ -321,16 +323,14 @@ class Member:
         # Redis 6.2 and newer: LPOP takes a count, BLPOP a fraction of a second. A timeout of 0 would block for ever.
         timeout_s = max(0.01, round(timeout_s, 3))
         async with overdue(timeout_s + POP_OVERDUE_S):
-            popped: Sequence[bytes] | None = await execute(self._reader, "BLPOP", mailbox, timeout_s)
-        if popped is None:
-            return
-        self._receive(popped[1:])
-        while not self._stopping:
-            more = await self._pop_more(mailbox)
+            # What came while the first one woke us comes with it, in the same round trip.
+            first, more = await execute_all(self._reader, [("BLPOP", mailbox, timeout_s), ("LPOP", mailbox, POP_COUNT)])
+        self._receive(first[1:] if first else ())
+        while more:
             self._receive(more)
-            if len(more) < POP_COUNT // 8 or monotonic() >= self._renew_at:
-                # A short batch: block for the next one rather than ask again for nothing.
+            if len(more) < POP_COUNT or self._stopping or monotonic() >= self._renew_at:
                 return
+            more = await self._pop_more(mailbox)
 
     async def _pop_more(self, mailbox: str) -> Sequence[bytes]:
         async with overdue(POP_OVERDUE_S):
@@ -357,7 +357,7 @@ class Member:
             (alive, time_ms), server, *leases = await execute_all(self._reader, commands)
         if not alive:
             return False
-        self._renewed(before, time_ms, server["run_id"])
+        self._renewed(before, time_ms, run_id(server))
         for peer, generation, ttl_ms in zip(peers, leases[::2], leases[1::2], strict=True):
             await self._look_at(peer, generation, ttl_ms)
         return True

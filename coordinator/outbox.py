@@ -28,12 +28,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from . import scripts
 from .channel import SendChannel
-from .client import COMMAND_TIMEOUT_S, REDIS_FAILURES, Argument, NotConnected, execute, execute_all, overdue
+from .client import COMMAND_TIMEOUT_S, REDIS_FAILURES, Argument, Line, NotConnected, execute, execute_all, overdue
 from .errors import Unavailable
 from .frames import FrameType, encode
 from .keys import Keys
@@ -123,7 +122,7 @@ class OutboxStatistics:
 class Outbox:
     """Everything one incarnation sends. `on_owner_down(peer)` is called when a push finds a receiver's lease ended."""
 
-    def __init__(self, client: Redis, keys: Keys, keyring: Keyring, incarnation: str, *, mailbox_limit: int) -> None:
+    def __init__(self, client: Line, keys: Keys, keyring: Keyring, incarnation: str, *, mailbox_limit: int) -> None:
         self._client = client
         self._keys = keys
         self._keyring = keyring
@@ -263,14 +262,6 @@ class Outbox:
     async def _push(self, turn: list[tuple[str, _Peer, _Batch]]) -> list[Any]:
         self._pushes += 1
         commands = [self._command(peer, state, batch) for peer, state, batch in turn]
-        if len(commands) == 1:  # the usual case; a pipeline of one costs twice a command
-            try:
-                return [await execute(self._client, *commands[0])]
-            except NoScriptError as error:
-                await self._load()
-                return [error]
-            except ResponseError as error:
-                return [error]
         answers = await execute_all(self._client, commands, raise_on_error=False)
         if any(isinstance(answer, NoScriptError) for answer in answers):
             await self._load()

@@ -157,9 +157,10 @@ def build_server(journal: Journal) -> MCPServer:
 
     @server.tool()
     async def wait_cancel(ctx: Context, tag: str = "") -> str:
-        """Run until cancelled."""
+        """Run until cancelled; one progress notification says that it runs."""
         journal.write(session_of(ctx), "wait_cancel", tag)
         with noting_cancel(ctx, "wait_cancel", tag):
+            await ctx.report_progress(0, None, "waiting")
             await asyncio.Event().wait()
         return "never"
 

@@ -114,8 +114,7 @@ _attempt: ContextVar[_Attempt] = ContextVar("attempt")
 
 
 class _FencedRequest(ClientRequest):
-    """Checks the fence when there is a connection and the request is about to be written. A trace would cost a tenth
-    of a call."""
+    """Checks the fence when there is a connection and the request is about to be written."""
 
     async def send(self, conn: Any) -> ClientResponse:
         attempt = _attempt.get()

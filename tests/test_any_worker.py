@@ -64,7 +64,7 @@ async def test_every_call_of_a_real_client_is_executed_once_and_in_order(
 
 @SERVERS
 async def test_every_feature_of_a_session_works(fleet: Fleet, server: str) -> None:
-    command = [env.PYTHON_DEV, env.client("features.py"), "--url", fleet.url(server), "--at-once", "4"]
+    command = [env.PYTHON_DEV, env.client("features.py"), "--url", fleet.url(server), "--at-once", "3"]
     done = await report(command, timeout_s=60)
     assert done["errors"] == {}
     assert len(done["passed"]) == FEATURES

@@ -182,7 +182,9 @@ async def initialized(link: HttpLink, server: Server, session_id: str, *headers:
 
 async def test_a_json_answer_crosses_as_the_bytes_it_is(server: Server, connect: Connect) -> None:
     odd = b' {"jsonrpc" :"2.0","id":1,\n"result":{"x":"\\u00e9\xc3\xa9"}} '
-    server.handler = lambda request: request.reply(201, odd, "content-type: application/json; charset=utf-8", "X-Own: 1")
+    server.handler = lambda request: request.reply(
+        201, odd, "content-type: application/json; charset=utf-8", "X-Own: 1"
+    )
     reply = await post(connect())
     assert (reply.status, reply.headers) == (201, [(b"content-type", b"application/json; charset=utf-8")])
     assert await body_of(reply) == odd
@@ -519,7 +521,7 @@ async def test_a_session_id_is_kept_from_initialize_only(server: Server, connect
 
 async def test_cookies_belong_to_one_session_and_move_with_it(server: Server, connect: Connect) -> None:
     """B17: load balancers pin sessions by cookie."""
-    one = await initialized(connect(), server, "one", "set-cookie: lb=a; Path=/; HttpOnly", "set-cookie: x=\"q\"")
+    one = await initialized(connect(), server, "one", "set-cookie: lb=a; Path=/; HttpOnly", 'set-cookie: x="q"')
     two = await initialized(connect(), server, "two", "set-cookie: lb=b")
     await call(one)
     await call(two)

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+from fake_link import FakeLink
+from faults import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leasehold.pool import (
@@ -25,8 +27,6 @@ from leasehold.pool import (
 from leasehold.pool import pool as pool_module
 from leasehold.pool import session as session_module
 from leasehold.pool.link import Fence
-from leasehold.tests.faults import eventually
-from leasehold.tests.test_session import FakeLink
 
 pytestmark = pytest.mark.anyio
 

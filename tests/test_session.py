@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
+from fake_link import FakeLink
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leasehold.pool import HttpTarget, Message, OpenFailed, Reply, ResumeRecord, SessionClosed, Upstream
+from leasehold.pool import HttpTarget, OpenFailed, ResumeRecord, SessionClosed, Upstream
 from leasehold.pool import session as session_module
-from leasehold.pool.link import Headers
 from leasehold.pool.session import TRANSITIONS, Event, PooledSession, State
 
 pytestmark = pytest.mark.anyio
 
 UPSTREAM = Upstream("files", HttpTarget("http://127.0.0.1:1/mcp"))
-
-
-class FakeLink:
-    """A link to nowhere: notes by which task it was closed, and whether the upstream was told."""
-
-    def __init__(self, *, resume: ResumeRecord | None = None) -> None:
-        self.resume = resume
-        self.deleted: list[Headers] = []
-        self.closed_by: list[asyncio.Task[object] | None] = []
-        self.closing: Callable[[], Awaitable[None]] | None = None
-        self._closed = asyncio.Event()
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed.is_set()
-
-    def lose(self) -> None:
-        self._closed.set()
-
-    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
-        return Reply(200, headers, _once(body))
-
-    async def get(self, headers: Headers) -> Reply:
-        return Reply(200, headers, _once(b""))
-
-    async def delete(self, headers: Headers) -> Reply:
-        self.deleted.append(headers)
-        return Reply(200, [], _once(b""))
-
-    async def wait_closed(self) -> None:
-        await self._closed.wait()
-
-    async def aclose(self) -> None:
-        self.closed_by.append(asyncio.current_task())
-        if self.closing is not None:
-            await self.closing()
-        self._closed.set()
-
-
-async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
 
 
 class Owned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -90,6 +91,10 @@ async def _serve(plan: WorkerPlan, listener: socket.socket, lifeline: int, annou
         )
     )
     async with worker.running():
+        # What is here now stays: without it in the way, a full collection takes milliseconds instead of a quarter
+        # second.
+        gc.collect()
+        gc.freeze()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)

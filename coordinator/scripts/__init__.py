@@ -15,7 +15,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-from ..client import Argument, execute
+from ..client import Argument, Line, execute
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Script:
         """The EVALSHA command, for a pipeline."""
         return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
-    async def run(self, client: Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+    async def run(self, client: Redis | Line, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run it; raises what redis-py raises, but for NOSCRIPT."""
         try:
             return await execute(client, *self.command(keys, args))
         except NoScriptError:
             return await execute(client, "EVAL", self.source, len(keys), *keys, *args)
 
-    async def load(self, client: Redis) -> None:
+    async def load(self, client: Redis | Line) -> None:
         """Make Redis know it, for `command`."""
         await execute(client, "SCRIPT LOAD", self.source)
 

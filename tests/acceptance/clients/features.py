@@ -103,7 +103,7 @@ async def progress(url: str) -> None:
         times.append(time.monotonic())
 
     async with Recorder().client(url) as client:
-        arguments = {"seconds": 1.0, "steps": 5, "tag": "progress"}
+        arguments = {"seconds": 2.0, "steps": 5, "tag": "progress"}
         result = await client.call_tool("slow", arguments, progress_callback=on_progress)
         assert not result.is_error
         await eventually(lambda: len(seen) >= 5, "five progress notifications")
@@ -171,11 +171,19 @@ async def get_stream(url: str) -> None:
 
 async def cancellation(url: str) -> None:
     """A cancelled call ends at the server, and the session goes on."""
+    running = asyncio.Event()
+
+    async def on_progress(value: float, total: float | None, message: str | None) -> None:
+        running.set()
+
     async with Recorder().client(url) as client:
         for _ in range(3):
             tag = uuid.uuid4().hex
-            waiting = asyncio.create_task(client.call_tool("wait_cancel", {"tag": tag}))
-            await asyncio.sleep(0.2)
+            running.clear()
+            call_it = client.call_tool("wait_cancel", {"tag": tag}, progress_callback=on_progress)
+            waiting = asyncio.create_task(call_it)
+            # A cancellation that overtakes its request means nothing to the server.
+            await asyncio.wait_for(running.wait(), PATIENCE_S)
             assert not waiting.done(), "wait_cancel answered before it was cancelled"
             waiting.cancel()
             with suppress(asyncio.CancelledError):
@@ -205,7 +213,7 @@ async def cancel_and_close(url: str) -> None:
 async def concurrency(url: str) -> None:
     """A slow call does not hold up others of the same session."""
     async with Recorder().client(url) as client:
-        slow = asyncio.create_task(call(client, "slow", seconds=2.0, steps=1, tag="slow"))
+        slow = asyncio.create_task(call(client, "slow", seconds=4.0, steps=1, tag="slow"))
         for expected in range(1, 11):
             assert await call(client, "increment") == str(expected)
         assert not slow.done(), "the fast calls waited for the slow one"
