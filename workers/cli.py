@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
-from click.exceptions import ClickException
 from rich.console import Console
 from rich.table import Table
 
@@ -184,19 +183,14 @@ def check_config(config: ConfigPath = None, as_json: Json = False) -> None:
 
 
 def main() -> int:
-    """Entry point: what is wrong is one clear message, exit code 2."""
+    """Entry point: what is wrong is one clear message; exit code 2 for what is configured wrong, 1 for what failed."""
     try:
-        result = app(standalone_mode=False)
+        app()  # exits by itself, with typer's own message for a wrong flag
     except (ConfigError, SettingsError) as error:
         return _fail(str(error), 2)
     except (ServeError, EmbeddedRedisError) as error:
         return _fail(str(error), 1)
-    except ClickException as error:
-        error.show()
-        return error.exit_code
-    except typer.Abort:
-        return 130
-    return int(result or 0)
+    return 0
 
 
 def _load(path: Path | None) -> Config:

@@ -238,6 +238,7 @@ class Forwarder:
         except Disconnected:
             pass
         except NotRun as refusal:  # the session closed, or the lease ended, since it was admitted
+            self.statistics.executed -= 1
             self._count_nack(refusal.reason)
             exchange.refuse(refusal.reason)
         except BrokenOff:

@@ -112,6 +112,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._max_waiting = max_waiting
         self._listening: set[anyio.CancelScope] = set()
+        self._ending = False
         self.waiting = 0
         self.ready = False
         self.health: dict[str, Any] = {}
@@ -195,12 +196,15 @@ class Gateway:
 
     def end_streams(self) -> None:
         """End every GET stream that clients hold here: they open them again, at another worker."""
+        self._ending = True
         for scope in list(self._listening):
             scope.cancel()
 
     async def _listen(
         self, upstream: Upstream, version: str | None, scope: Scope, receive: Receive, guard: Guard
     ) -> None:
+        if self._ending:
+            raise unavailable("This worker is stopping")
         with anyio.CancelScope() as listening:
             self._listening.add(listening)
             try:
@@ -352,7 +356,7 @@ class Gateway:
             else:
                 status = await relay_delete(link, headers, receive, send)
                 if 200 <= status < 300 or status == 404:
-                    session.close("client")
+                    self._sessions.end(owned, "client")
 
     async def _serve_hop(self, head: RequestHead, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that another worker forwarded; admission was checked in the turn it was read in.

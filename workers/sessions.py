@@ -130,6 +130,13 @@ class Sessions:
                 if owned.registration is not None and not owned.session.is_closed:
                     tasks.create_task(one(owned))
 
+    def end(self, owned: Owned, reason: str) -> None:
+        """Close a session for good. Its record goes now: a child process may take seconds to go, and until then other
+        workers would take the session for one that moves.
+        """
+        owned.session.close(reason)
+        self._session_closed(owned.session)
+
     async def refresh(self) -> None:
         """Extend the lifetime of records whose sessions were used since the last time (B25)."""
         now = asyncio.get_running_loop().time()

@@ -29,7 +29,8 @@ from .telemetry import Telemetry
 logger = logging.getLogger("leasehold.workers.worker")
 
 HOUSEKEEPING_S: Final = 1.0
-START_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 1.0
+"""How long a starting worker waits for Redis before it answers requests, with 503."""
 
 
 class Worker:
