@@ -7,19 +7,27 @@ wins, and each makes the epoch larger. A lost answer is no riddle: the record sa
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from redis.asyncio import Redis
 
 from . import scripts
-from .client import execute, execute_all, scan_hashes, translated
+from .client import Argument, execute, execute_all, scan_hashes, translated
 from .keys import Keys
+from .scripts import Script
+
+_Call = tuple[Sequence[str], Sequence[Argument]]
+"""Keys and arguments of one run of a script."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """Who owns a session, and since which epoch. Two registrations are the same if both are."""
+    """Who owns a session, and since which epoch. Two registrations are the same if both are.
+
+    No owner (""): handed off, for whoever is asked for the session next.
+    """
 
     owner: str
     epoch: int
@@ -55,28 +63,27 @@ class Directory:
 
     async def claim(self, record: SessionRecord, ttl_ms: int) -> Claimed:
         """Register a session that is not registered; `record.registration.epoch` is the least epoch to get."""
-        fields: dict[str, str | bytes | int] = {
-            "upstream": record.upstream,
-            "principal": record.principal,
-            "created_ms": record.created_ms,
-        }
-        if record.resume is not None:
-            fields["resume"] = record.resume
-        flat = [item for pair in fields.items() for item in pair]
-        owner, epoch = record.registration.owner, record.registration.epoch
         async with translated("claim"):
-            answer = await scripts.SESSION_CLAIM.run(
-                self._client, [self._keys.session(record.key)], [owner, epoch, ttl_ms, *flat]
-            )
-        return _claimed(answer, owner)
+            answer = await scripts.SESSION_CLAIM.run(self._client, *self._claim(record, ttl_ms))
+        return _claimed(answer, record.registration.owner)
+
+    async def claim_all(self, records: Sequence[tuple[SessionRecord, int]]) -> list[Claimed]:
+        """`claim` for many, in one round trip: (record, ttl_ms) each."""
+        answers = await self._run_all(scripts.SESSION_CLAIM, [self._claim(*entry) for entry in records])
+        return [
+            _claimed(answer, record.registration.owner) for (record, _), answer in zip(records, answers, strict=True)
+        ]
 
     async def take_over(self, key: str, seen: Registration, owner: str, ttl_ms: int) -> Claimed:
         """Replace the registration `seen` by `owner`'s."""
         async with translated("takeover"):
-            answer = await scripts.SESSION_TAKEOVER.run(
-                self._client, [self._keys.session(key)], [seen.owner, seen.epoch, owner, ttl_ms]
-            )
+            answer = await scripts.SESSION_TAKEOVER.run(self._client, *self._take_over(key, seen, owner, ttl_ms))
         return _claimed(answer, owner)
+
+    async def take_over_all(self, seen: Sequence[tuple[str, Registration, int]], owner: str) -> list[Claimed]:
+        """`take_over` for many, in one round trip: (key, registration, ttl_ms) each."""
+        calls = [self._take_over(key, registration, owner, ttl_ms) for key, registration, ttl_ms in seen]
+        return [_claimed(answer, owner) for answer in await self._run_all(scripts.SESSION_TAKEOVER, calls)]
 
     async def release(self, key: str, held: Registration) -> bool:
         """Delete the registration if it is still `held`."""
@@ -86,23 +93,31 @@ class Directory:
             )
         return answer == 1
 
-    async def refresh(self, held: Iterable[tuple[str, Registration, int]]) -> list[str]:
+    async def hand_off(self, held: Sequence[tuple[str, Registration]]) -> None:
+        """Give up many registrations that are still held, and keep their records: the next owner need not wait."""
+        calls: list[_Call] = [
+            ([self._keys.session(key)], [registration.owner, registration.epoch]) for key, registration in held
+        ]
+        await self._run_all(scripts.SESSION_HAND_OFF, calls)
+
+    async def refresh(
+        self, held: Iterable[tuple[str, Registration, int]], resumes: Mapping[str, bytes] | None = None
+    ) -> list[str]:
         """Extend the lifetime of many sessions in one round trip: (key, registration, ttl_ms) each.
 
-        Returns the keys whose registration is gone or another's.
+        `resumes` are the resume records that have changed, by key. Returns the keys whose registration is gone or
+        another's.
         """
         batch = list(held)
-        if not batch:
-            return []
-        async with translated("refresh"):
-            await scripts.SESSION_REFRESH.load(self._client)
-            commands = [
-                scripts.SESSION_REFRESH.command(
-                    [self._keys.session(key)], [registration.owner, registration.epoch, ttl_ms]
-                )
-                for key, registration, ttl_ms in batch
-            ]
-            answers = await execute_all(self._client, commands)
+        changed = resumes or {}
+        calls: list[_Call] = [
+            (
+                [self._keys.session(key)],
+                [registration.owner, registration.epoch, ttl_ms, changed.get(key, b"")],
+            )
+            for key, registration, ttl_ms in batch
+        ]
+        answers = await self._run_all(scripts.SESSION_REFRESH, calls)
         return [key for (key, _, _), answer in zip(batch, answers, strict=True) if answer != 1]
 
     async def look_up(self, key: str) -> SessionRecord | None:
@@ -124,6 +139,31 @@ class Directory:
                 record = _record(self._keys.session_of(name), fields, max(0, ttl_ms))
                 if record is not None:
                     yield record
+
+    def _claim(self, record: SessionRecord, ttl_ms: int) -> _Call:
+        registration = record.registration
+        return [self._keys.session(record.key)], [registration.owner, registration.epoch, ttl_ms, *_flat(record)]
+
+    def _take_over(self, key: str, seen: Registration, owner: str, ttl_ms: int) -> _Call:
+        return [self._keys.session(key)], [seen.owner, seen.epoch, owner, ttl_ms]
+
+    async def _run_all(self, script: Script, calls: Sequence[_Call]) -> list[Any]:
+        if not calls:
+            return []
+        async with translated(script.name):
+            await script.load(self._client)
+            return await execute_all(self._client, [script.command(*call) for call in calls])
+
+
+def _flat(record: SessionRecord) -> list[Argument]:
+    fields: dict[str, Argument] = {
+        "upstream": record.upstream,
+        "principal": record.principal,
+        "created_ms": record.created_ms,
+    }
+    if record.resume is not None:
+        fields["resume"] = record.resume
+    return [item for pair in fields.items() for item in pair]
 
 
 def _claimed(answer: tuple[int, bytes, bytes], claimant: str) -> Claimed:

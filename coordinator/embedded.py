@@ -66,21 +66,20 @@ class EmbeddedRedis:
         self._directory = _private_directory()
         self._starter = os.getpid()
         try:
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(  # noqa: S603
-                    _command(binary, self._socket),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=self._directory,
-                    env=_environment(),
-                    start_new_session=True,
-                )
-            self._wait_ready(self._process, binary)
+            self._launch(binary)
         except BaseException:
             self.stop()
             raise
         return self
+
+    def restart(self) -> None:
+        """Start a server that has died again, empty, at the same URL. Raises `EmbeddedRedisError`; `stop` is still
+        due."""
+        if self._process is None:
+            raise EmbeddedRedisError("the embedded Redis server is not running")
+        if self._process.poll() is None:
+            raise EmbeddedRedisError("the embedded Redis server has not died")
+        self._launch(find_server())
 
     def stop(self) -> None:
         """End the server and remove its directory; nothing happens a second time, or in a fork of the starter."""
@@ -114,6 +113,19 @@ class EmbeddedRedis:
 
     def __repr__(self) -> str:
         return f"<EmbeddedRedis {'stopped' if self._process is None else f'pid={self._process.pid} {self.url}'}>"
+
+    def _launch(self, binary: Path) -> None:
+        with self._log.open("ab") as log:  # after a restart, its log also says how the last server ended
+            self._process = subprocess.Popen(  # noqa: S603
+                _command(binary, self._socket),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._running_directory,
+                env=_environment(),
+                start_new_session=True,
+            )
+        self._wait_ready(self._process, binary)
 
     @property
     def _running_directory(self) -> Path:

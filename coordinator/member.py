@@ -160,6 +160,12 @@ class Member:
             )
         return Fate.ENDED if ended else Fate.ALIVE if alive else Fate.ABSENT
 
+    async def sees_known_node(self) -> bool:
+        """Whether look-ups reach the node that the lease is on: after a failover they may see another one first."""
+        async with translated("node"):
+            server: dict[str, Any] = await execute(self._lookups, "INFO", "server")
+        return server["run_id"] == self.clock.run_id
+
     async def run(self) -> None:
         """Live: acquire, read and renew, and when the lease is lost begin again. Ends after `stop()`."""
         low, high = BACKOFF_S

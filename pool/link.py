@@ -7,7 +7,7 @@ translates. Bodies and event streams cross as the bytes they are.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,10 +34,6 @@ class Reply:
     status: int
     headers: Headers
     chunks: AsyncGenerator[bytes, None]
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first value of a header (`name` in lower case), or None."""
-        return next((value for key, value in self.headers if key == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +79,9 @@ class Link(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Free connections and processes. Bounded in time; calls in flight end with `UpstreamLost`."""
+        """Free connections and processes, bounded in time. The GET stream just ends.
+
+        Calls in flight end with `UpstreamLost` where the session ends with its link (stdio). Where another owner may
+        continue the session, they go on to their answers.
+        """
         ...
-
-
-def pick(headers: Headers, names: Iterable[bytes]) -> Headers:
-    """The headers whose (lower case) name is among `names`, in order."""
-    wanted = frozenset(names)
-    return [(key, value) for key, value in headers if key in wanted]

@@ -18,7 +18,7 @@ from typing import Final
 
 from .clock import monotonic
 from .errors import OpenFailed, PoolError, SessionClosed
-from .link import Link
+from .link import Link, ResumeRecord
 from .upstream import Upstream
 
 logger = logging.getLogger("leasehold.pool.session")
@@ -104,9 +104,10 @@ class PooledSession:
         return self.state in (State.CLOSING, State.CLOSED) or (self._link is not None and self._link.is_closed)
 
     @property
-    def link_can_move(self) -> bool:
-        """Whether another owner could continue the session from its resume record."""
-        return self._link is not None and not self._link.is_closed and self._link.resume is not None
+    def resume(self) -> ResumeRecord | None:
+        """What another owner needs to continue the session; None for one that cannot move. Valid while it closes,
+        too."""
+        return None if self._link is None else self._link.resume
 
     @property
     def idle_s(self) -> float:

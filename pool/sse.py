@@ -18,6 +18,9 @@ STREAM_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 
+BLANK_LINES: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\r\r\n")
+"""What a stream ends in when a comment may be put in without splitting an event."""
+
 # Atomic: the two halves of a CR LF are never taken for two line ends.
 _BLANK = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE = re.compile(rb"\r\n|\n|\r")
@@ -36,11 +39,6 @@ class EventSplitter:
         self._pending = bytearray()
         self._skipping = False
         self._after_cr = False
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether a comment may be put in here without splitting an event."""
-        return not self._pending and not self._skipping
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The data of the events that `chunk` completes. To be iterated to its end."""

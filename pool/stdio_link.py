@@ -29,23 +29,20 @@ from .jsonrpc import (
     error_body,
 )
 from .link import Fence, Headers, Reply
+from .sse import STREAM_HEADERS
 from .stdio_lines import StrayLog
 from .stdio_process import StdioProcess
 from .stdio_routing import Router, RouterStatistics
 from .stdio_stream import EventStream, LineStream
 
-KEEPALIVE_S: Final = 15.0
-"""Silence after which an event stream carries a comment: proxies cut connections that are idle for longer."""
+COMMIT_AFTER_S: Final = 15.0
+"""Silence after which a request is answered by an event stream, whatever comes: only there can the client's end of the
+gateway send comments, and proxies cut connections that are idle for longer."""
 CANCEL_GRACE_S: Final = 1.0
 """How long a server may still answer a request that its client has cancelled."""
 OPEN_TIMEOUT_S: Final = 10.0
 
 _JSON: Final[Headers] = [(b"content-type", b"application/json")]
-_SSE: Final[Headers] = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 # A raw line break is white space in JSON, but ends the message on a pipe and the field in an event.
 _NO_BREAKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
@@ -71,11 +68,11 @@ class StdioStatistics:
 class StdioLink:
     """One stdio server session: a `Link`. Opened by `StdioLink.open`, ended by `aclose` or with its process."""
 
-    def __init__(self, name: str, *, fence: Fence, call_timeout: float, keepalive: float = KEEPALIVE_S) -> None:
+    def __init__(self, name: str, *, fence: Fence, call_timeout: float, commit_after: float = COMMIT_AFTER_S) -> None:
         self.name = name
         self._fence = fence
         self._call_timeout = call_timeout
-        self._keepalive = keepalive
+        self._commit_after = commit_after
         self._loop = asyncio.get_running_loop()
         self._router = Router()
         self._stray = StrayLog(name, self._loop.time)
@@ -101,7 +98,7 @@ class StdioLink:
         fence: Fence,
         call_timeout: float,
         open_timeout: float = OPEN_TIMEOUT_S,
-        keepalive: float = KEEPALIVE_S,
+        commit_after: float = COMMIT_AFTER_S,
     ) -> StdioLink:
         """Start the server's process; `env` is laid over the safe part of our own environment. Times in seconds.
 
@@ -109,7 +106,7 @@ class StdioLink:
 
         Raises `OpenFailed` when the process cannot be started.
         """
-        self = cls(name, fence=fence, call_timeout=call_timeout, keepalive=keepalive)
+        self = cls(name, fence=fence, call_timeout=call_timeout, commit_after=commit_after)
         try:
             async with asyncio.timeout(open_timeout):
                 self._process = await StdioProcess.start(
@@ -190,7 +187,7 @@ class StdioLink:
         stream = LineStream()
         events = self._events(stream, None)
         self._router.open(stream)
-        return Reply(200, list(_SSE), events)
+        return Reply(200, list(STREAM_HEADERS), events)
 
     async def delete(self, headers: Headers) -> Reply:
         """End the session: its process is on its way out when this returns. Requests in flight end with an error."""
@@ -225,7 +222,7 @@ class StdioLink:
         # In the turn of the write, so that no answer can come before.
         self._router.open(stream)
         try:
-            await events.ready()
+            await events.ready(self._commit_after)
         except BaseException:
             await events.aclose()
             raise
@@ -234,10 +231,10 @@ class StdioLink:
             assert response is not None
             await events.aclose()
             return Reply(200, list(_JSON), _once(response))
-        return Reply(200, list(_SSE), events)
+        return Reply(200, list(STREAM_HEADERS), events)
 
     def _events(self, stream: LineStream, timeout: float | None) -> EventStream:
-        return EventStream(stream, self._leave, keepalive=self._keepalive, timeout=timeout)
+        return EventStream(stream, self._leave, timeout=timeout)
 
     def _leave(self, stream: LineStream) -> None:
         """The client of `stream` is gone, or has all it waited for."""

@@ -9,11 +9,10 @@ from types import TracebackType
 
 from .errors import CallTimeout
 from .jsonrpc import RequestId
+from .sse import event
 
 STREAM_BYTES = 8 << 20
 """What a stream holds for a slow client before it is ended; one message more may pass it, whatever its size."""
-
-KEEPALIVE = b": keepalive\n\n"
 
 
 def _nothing() -> None:
@@ -87,42 +86,38 @@ class LineStream:
 
 
 class EventStream(AsyncGenerator[bytes, None]):
-    """A stream's lines as server-sent events, with comments in silence.
+    """A stream's lines as server-sent events.
 
     No generator function: one that is closed before its first step runs no clean-up.
     """
 
-    def __init__(
-        self, stream: LineStream, leave: Callable[[LineStream], None], *, keepalive: float, timeout: float | None
-    ) -> None:
+    def __init__(self, stream: LineStream, leave: Callable[[LineStream], None], *, timeout: float | None) -> None:
         self._stream = stream
         self._leave = leave
-        self._keepalive = keepalive
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._heard_at = self._spoke_at = self._loop.time()
+        self._heard_at = self._loop.time()
         self._is_over = False
 
-    async def ready(self) -> None:
-        """Return as soon as there is a line or a comment is due.
+    async def ready(self, at_most: float | None = None) -> None:
+        """Return as soon as there is a line, or `at_most` so many seconds later.
 
         Raises `CallTimeout`, the stream's error if it ended with one, StopAsyncIteration if it ended without.
         """
         stream = self._stream
+        return_at = None if at_most is None else self._loop.time() + at_most
         while not len(stream):
             if stream.ended:
                 raise stream.error or StopAsyncIteration
             now = self._loop.time()
-            due_at = self._spoke_at + self._keepalive
-            if self._timeout is not None:
-                if now >= self._heard_at + self._timeout:
-                    raise CallTimeout(f"the upstream was silent for {self._timeout:g} s")
-                due_at = min(due_at, self._heard_at + self._timeout)
-            if now >= due_at:
+            fail_at = None if self._timeout is None else self._heard_at + self._timeout
+            if fail_at is not None and now >= fail_at:
+                raise CallTimeout(f"the upstream was silent for {self._timeout:g} s")
+            if return_at is not None and now >= return_at:
                 return
-            await self._woken(due_at)
+            await self._woken(min((at for at in (fail_at, return_at) if at is not None), default=None))
 
-    async def _woken(self, at: float) -> None:
+    async def _woken(self, at: float | None) -> None:
         waiter: asyncio.Future[None] = self._loop.create_future()
 
         def wake() -> None:
@@ -130,14 +125,15 @@ class EventStream(AsyncGenerator[bytes, None]):
                 waiter.set_result(None)
 
         self._stream.wake = wake
-        timer = self._loop.call_at(at, wake)
+        timer = None if at is None else self._loop.call_at(at, wake)
         try:
             await waiter
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
 
     async def asend(self, value: None) -> bytes:
-        """The next event or comment; what `ready` raises, it raises."""
+        """The next event; what `ready` raises, it raises."""
         if self._is_over:
             raise StopAsyncIteration
         try:
@@ -145,12 +141,10 @@ class EventStream(AsyncGenerator[bytes, None]):
         except BaseException:
             self._close()
             raise
-        self._spoke_at = self._loop.time()
+        self._heard_at = self._loop.time()
         line = self._stream.pop()
-        if line is None:
-            return KEEPALIVE
-        self._heard_at = self._spoke_at
-        return b"".join((b"event: message\ndata: ", line, b"\n\n"))
+        assert line is not None
+        return event(line)
 
     async def athrow(
         self,

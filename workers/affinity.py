@@ -109,7 +109,7 @@ class Affinity:
                 self._reroute(call.key, where, refusal)
             except OutcomeUnknown as unknown:
                 self._routes.pop(call.key, None)
-                if not call.safe:
+                if not call.safe or call.scope["method"] == "DELETE":
                     await self._tell_unknown(call, unknown, guard)
                     return
                 self.repeated += 1
@@ -118,9 +118,6 @@ class Affinity:
                     "Redis does not answer: sessions of other workers cannot be reached", call.id
                 ) from error
         raise unavailable("The session is moving between workers", call.id)
-
-    def forget(self, key: str) -> None:
-        self._routes.pop(key, None)
 
     async def _tell_unknown(self, call: Call, unknown: OutcomeUnknown, guard: Guard) -> None:
         if call.message is None or call.message.kind != "request":
@@ -140,7 +137,7 @@ class Affinity:
         """Our lease ended: wait a moment for the new one and the re-claim, or until another owner has the session."""
         until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S
         while not (owned.session.is_closed or self._sessions.holds(owned)):
-            if asyncio.get_running_loop().time() > until:
+            if not self._member.reachable or asyncio.get_running_loop().time() > until:
                 raise unavailable("This worker's lease has ended; Redis does not answer", call.id)
             await asyncio.sleep(0.02)
 
@@ -172,8 +169,10 @@ class Affinity:
             found = await self._look(key)
             if not isinstance(found, _Absent):
                 return found
-            if found.certain or self._member.absence_counts():
-                return await self._absent(found.record)
+            if found.certain or (self._member.absence_counts() and await self._member.sees_known_node()):
+                decided = await self._absent(found.record)
+                if not isinstance(decided, _Absent):
+                    return decided
             if asyncio.get_running_loop().time() > until:
                 raise Unavailable("absence is not evidence yet")
             await asyncio.sleep(0.1)
@@ -184,6 +183,8 @@ class Affinity:
         if record is None:
             return _Absent(None)
         owner = record.registration.owner
+        if not owner:
+            return _Absent(record, certain=True)  # handed off
         if owner == member.incarnation:
             # Ours by the record, not live here: it is being opened or closed at this moment.
             return self._sessions.get(key) or _Absent(record)
@@ -195,12 +196,13 @@ class Affinity:
         self._routes[key] = record.registration
         return record.registration
 
-    async def _absent(self, record: SessionRecord | None) -> Owned | Registration | None:
-        """No record, or a record whose owner is dead, on evidence."""
+    async def _absent(self, record: SessionRecord | None) -> Owned | Registration | _Absent | None:
+        """No record, or a record whose owner is dead, on evidence. `_Absent` when it changed meanwhile: look again."""
         if record is None:
             return None
         if record.resume is None:
-            await self._member.directory.release(record.key, record.registration)
+            if not await self._member.directory.release(record.key, record.registration):
+                return await self._look(record.key)
             logger.info("pinned_session_ended session=%s", record.key[:8])
             return None
         try:
@@ -208,15 +210,12 @@ class Affinity:
         except SealError:
             logger.warning("record_refused session=%s", record.key[:8])
             return None
-        if adopted is not None:
-            return adopted
-        found = await self._look(record.key)
-        return None if isinstance(found, _Absent) else found
+        return adopted or await self._look(record.key)
 
 
 @dataclass(frozen=True, slots=True)
 class _Absent:
-    """There is no record, or one whose owner has no lease; `certain` when the owner is known to have ended."""
+    """No record, or one whose owner has no lease; `certain` when the owner ended, or handed it off, on its own word."""
 
     record: SessionRecord | None
     certain: bool = False

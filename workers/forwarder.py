@@ -335,8 +335,11 @@ class Forwarder:
         for owner in list(self._owners.values()):
             if owner.head.method == "GET":
                 owner.disconnect()
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout_s)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        # Calls of pinned sessions go on coming in meanwhile, and are waited for, too.
+        while self._running and loop.time() < until:
+            await asyncio.wait(self._running, timeout=until - loop.time())
         for owner in list(self._owners.values()):
             owner.disconnect()
         if self._running:

@@ -11,34 +11,18 @@ other end.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import aclosing, suppress
 from typing import Any, Final
 
 import anyio
 import orjson
 
-from ..coordinator import Unavailable, session_key
+from ..coordinator import session_key
 from ..coordinator.frames import RequestHead
-from ..pool import (
-    Fenced,
-    HttpLink,
-    HttpTarget,
-    Link,
-    Message,
-    PoolError,
-    PoolFull,
-    SessionClosed,
-    SessionPool,
-    Upstream,
-    UpstreamLost,
-    parse,
-)
+from ..pool import Message, SessionClosed, SessionPool, Upstream, parse
 from ..pool.jsonrpc import INVALID_REQUEST, InvalidMessage
-from ..pool.link import Reply
-from ..pool.sse import EventSplitter, event
+from ..pool.sse import event
 from . import door
 from .affinity import Affinity, Call, is_safe
 from .answers import (
@@ -52,24 +36,14 @@ from .answers import (
     unavailable,
     unsupported_version,
 )
-from .asgi import (
-    Headers,
-    Receive,
-    Scope,
-    Send,
-    has_left,
-    header,
-    is_event_stream,
-    read_body,
-    respond,
-    until_disconnect,
-)
+from .asgi import Headers, Receive, Scope, Send, header, read_body, respond
 from .eras import Eras
 from .errors import BodyTooLarge, BrokenOff, Disconnected, NotRun
 from .exchange import HOP
 from .guard import Guard
 from .identity import Identity
 from .keepalive import StreamKeeper
+from .opening import Opening
 from .relay import relay_delete, relay_get, relay_post
 from .sessions import Owned, Sessions
 from .telemetry import Telemetry
@@ -79,8 +53,6 @@ logger = logging.getLogger("leasehold.workers.gateway")
 PREFIX: Final = "/servers/"
 SUFFIX: Final = "/mcp"
 METHODS: Final = b"POST, GET, DELETE"
-LAST_EVENT_S: Final = 0.05
-"""How long an event stream that has answered `initialize` may take to end, so that its connection can be used again."""
 
 
 class Gateway:
@@ -108,6 +80,7 @@ class Gateway:
         self._door = entry
         self._keeper = keeper
         self._telemetry = telemetry
+        self._opening = Opening(sessions, identity, max_body_bytes=max_body_bytes)
         self._eras = Eras()
         self._max_body_bytes = max_body_bytes
         self._max_waiting = max_waiting
@@ -246,7 +219,9 @@ class Gateway:
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
         if message is not None and initializes and session_id is None:
             # Whatever version its header names: an upstream that takes it opens a session.
-            await self._initialize(upstream, message, body, scope, receive, guard.send)
+            if not self.ready:
+                raise unavailable("This worker takes no new sessions")
+            await self._opening.open(upstream, message, body, scope["headers"], receive, guard.send)
         elif version is not None and version not in HANDSHAKE_VERSIONS:
             await self._serve_stateless_era(upstream, version, message, body, scope, receive, guard)
         elif session_id is not None:
@@ -270,76 +245,6 @@ class Gateway:
         await guard.send({"type": "http.response.body", "body": last, "more_body": False})
 
     # -- sessions --------------------------------------------------------------------------------------------------
-
-    async def _initialize(
-        self, upstream: Upstream, message: Message, body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Open a session, and let its id leave only when its record is written, and only to a client that is still
-        there."""
-        credential = header(scope["headers"], b"authorization") or b""
-        session_id = self._identity.mint(upstream.name, credential)
-        key = session_key(session_id)
-        if not self.ready:
-            raise unavailable("This worker takes no new sessions", message.id)
-        owned: Owned | None = None
-        reason = "unregistered"
-        try:
-            with until_disconnect(receive):
-                owned = await self._sessions.open(key, upstream, self._identity.principal(credential))
-                with owned.session as session:
-                    reply, answer, established = await self._ask(session.link, message, body, scope["headers"])
-            link = owned.session.link
-            if established is None:
-                reason = "not_initialized"
-            elif link.resume is None and isinstance(upstream.target, HttpTarget):
-                reason = "stateless"  # the upstream hands out no session id: any worker can serve its client
-            else:
-                if isinstance(link, HttpLink):
-                    link.negotiated(established)
-                await self._sessions.register(owned)
-                if await has_left(receive):
-                    raise Disconnected
-                reason = ""
-                reply.headers.append((b"mcp-session-id", session_id.encode()))
-            await respond(send, reply.status, answer, reply.headers)
-        except Unavailable as error:
-            raise unavailable("Redis does not answer: the session cannot be registered", message.id) from error
-        except (PoolFull, Fenced) as error:
-            raise unavailable(str(error), message.id) from error
-        except PoolError as error:
-            await respond(send, 502, outcome_body(str(error), error.outcome, message.id), JSON)
-        finally:
-            if owned is not None and reason:
-                owned.session.close(reason)
-
-    async def _ask(
-        self, link: Link, message: Message, body: bytes, headers: Headers
-    ) -> tuple[Reply, bytes, str | None]:
-        """Ask for `initialize`: the reply, its body, and the protocol version agreed on; None when the upstream
-        refused."""
-        reply = await link.post(message, body, headers)
-        is_stream = is_event_stream(reply.headers)
-        splitter = EventSplitter(self._max_body_bytes)
-        answer = bytearray()
-        answered: Message | None = None
-        async with aclosing(reply.chunks) as chunks:
-            async for chunk in chunks:
-                answer += chunk
-                if len(answer) > self._max_body_bytes:
-                    raise UpstreamLost(f"the answer to initialize is larger than {self._max_body_bytes} bytes")
-                if is_stream:
-                    for data in splitter.feed(chunk):
-                        answered = answered or _answer_in(data, message)
-                    if answered is not None:
-                        # The stream should end now. If it does not, nothing more is waited for.
-                        with suppress(TimeoutError, PoolError):
-                            async with asyncio.timeout(LAST_EVENT_S):
-                                async for _ in chunks:
-                                    pass
-                        break
-        if not is_stream:
-            answered = _answer_in(bytes(answer), message)
-        return reply, bytes(answer), _agreed_version(answered) if reply.status == 200 else None
 
     async def serve_owned(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
         """Run a call on a session owned here."""
@@ -398,7 +303,8 @@ class Gateway:
         link = self._pool.stateless(upstream)
         if link is None or self._eras.is_handshake_only(upstream.name):
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
-        await relay_post(link, message, body, scope["headers"], receive, self._eras.watch(upstream.name, guard.send))
+        send = self._eras.watch(upstream.name, version, message, guard.send)
+        await relay_post(link, message, body, scope["headers"], receive, send)
 
     async def _serve_sessionless(
         self, upstream: Upstream, message: Message | None, body: bytes, scope: Scope, receive: Receive, send: Send
@@ -411,20 +317,6 @@ class Gateway:
             await relay_get(link, scope["headers"], receive, send, adopted=False)
         else:
             await relay_post(link, message, body, scope["headers"], receive, send)
-
-
-def _answer_in(data: bytes, request: Message) -> Message | None:
-    """The answer to `request`, if it is this."""
-    try:
-        message = parse(data)
-    except InvalidMessage:
-        return None
-    return message if message.kind == "response" and message.id == request.id else None
-
-
-def _agreed_version(answer: Message | None) -> str | None:
-    result: Any = answer.payload.get("result") if answer is not None else None
-    return str(result.get("protocolVersion", "")) if isinstance(result, dict) else None  # pyright: ignore
 
 
 def _too_large(error: BodyTooLarge) -> Refused:

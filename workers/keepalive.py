@@ -1,16 +1,17 @@
-"""Comments on silent event streams, so that no proxy closes them: one every 15 s, between events only."""
+"""Comments on silent event streams, so that no proxy closes them: one every 15 s, between events only.
+
+Sent where the client is connected and nowhere else: a comment of the owner's would cross the hop for nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Final
 
-from ..pool.sse import KEEPALIVE
+from ..pool.sse import BLANK_LINES, KEEPALIVE
 from .asgi import Message, Send, is_event_stream
 
 KEEPALIVE_EVERY_S: Final = 15.0
-BLANK: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\r\r\n")
-"""What a stream that stands between two events ends in."""
 
 
 class StreamKeeper:
@@ -70,7 +71,7 @@ class KeptResponse:
 
     async def comment(self) -> None:
         """Send a comment if the stream stands between two events; a client that does not read is left alone."""
-        if not self._tail.endswith(BLANK):
+        if not self._tail.endswith(BLANK_LINES):
             return
         self.sent_at = self._loop.time()
         try:

@@ -1,31 +1,37 @@
 """The sessions this worker owns: live in the pool, registered in the directory, under the current incarnation.
 
-Redis is hints, owners are the truth: a session that is live here under a valid lease is served without asking. When the
-lease was lost, each session is re-claimed by compare-and-set before its next upstream write; whoever took it over in
-the meantime keeps it, and our copy is dropped without telling the upstream.
+Redis is hints, owners are the truth: a session that is live here under a valid lease is served without asking. What the
+directory says is brought in line by `reconcile`, again and again until it succeeds: sessions whose registration is of
+an earlier incarnation, or that a Redis node may have forgotten, are re-claimed by compare-and-set before their next
+upstream write; whoever took one over in the meantime keeps it, and our copy is dropped without telling the upstream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import orjson
 
-from ..coordinator import Keyring, Member, Registration, SealError, SessionRecord, Unavailable
+from ..coordinator import Claimed, Keyring, Member, Registration, SealError, SessionRecord, Unavailable
 from ..coordinator.frames import RequestHead
 from ..pool import Fenced, PooledSession, ResumeRecord, SessionPool, Upstream
 
 logger = logging.getLogger("leasehold.workers.sessions")
 
+T = TypeVar("T")
+
 RECORD_TTL: Final = 2
 """A record outlives this many times the idle time after which its session is closed."""
 REFRESH_EVERY: Final = 1 / 4
-"""Records are refreshed at this share of the idle time, those that were used since."""
-RECLAIM_AT_ONCE: Final = 64
+"""Records are refreshed at this share of the idle time."""
+BATCH: Final = 256
+"""Records written in one round trip."""
+GET_CONFLICT_S: Final = 10.0
+"""How long after an adoption the previous owner may still hold the session's GET stream."""
 
 
 @dataclass(slots=True)
@@ -36,7 +42,16 @@ class Owned:
     registration: Registration | None = None
     created_ms: int = 0
     refreshed_at: float = 0.0
-    adopted: bool = False
+    node: int = 0
+    """The Redis node that has the record; another one may have forgotten it."""
+    sealed: ResumeRecord | None = None
+    """The resume record as Redis has it."""
+    adopted_at: float = float("-inf")
+
+    @property
+    def adopted(self) -> bool:
+        """Whether it was taken over a moment ago."""
+        return asyncio.get_running_loop().time() - self.adopted_at < GET_CONFLICT_S
 
 
 class Sessions:
@@ -48,13 +63,18 @@ class Sessions:
         self._keyring = keyring
         self._upstreams = upstreams
         self._owned: dict[str, Owned] = {}
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._reconciling = asyncio.Lock()
+        self._unreleased: dict[str, Registration] = {}
+        """Records that are to go: of sessions that have ended, and of claims whose answer was lost (epoch 0)."""
+        self.due = asyncio.Event()
+        """Set when something should be reconciled now rather than at the next turn."""
+        self.draining = False
         self.adopted = 0
         self.lost = 0
-        pool.on_closed = self._session_closed
+        pool.on_closed = self._forget
 
     def __repr__(self) -> str:
-        return f"<Sessions owned={len(self._owned)}>"
+        return f"<Sessions owned={len(self._owned)} unreleased={len(self._unreleased)}>"
 
     def get(self, key: str) -> Owned | None:
         """The session of that key if it is owned here and can take calls."""
@@ -67,7 +87,9 @@ class Sessions:
     def holds(self, owned: Owned) -> bool:
         """Whether an upstream write of this session may start in this turn of the loop."""
         registration = owned.registration
-        return self._member.may_write() and (registration is None or registration.owner == self._member.incarnation)
+        if registration is None:
+            return True  # nobody else knows of it yet
+        return self._member.may_write() and registration.owner == self._member.incarnation
 
     def refuse(self, head: RequestHead) -> tuple[str, Registration | None] | None:
         """Admission of a forwarded request (see `Forwarder`)."""
@@ -86,13 +108,19 @@ class Sessions:
 
     async def register(self, owned: Owned) -> None:
         """Write the record of a session that was initialized; only then may its id leave. Raises `Unavailable`."""
+        key = owned.session.key
         owned.created_ms = owned.created_ms or self._member.clock.time_ms()
         record = self._record(owned)
+        self.doubt(key)
         claimed = await self._member.directory.claim(record, self._ttl_ms(owned))
+        self._unreleased.pop(key, None)
         if not claimed.won or claimed.registration is None:
             raise Unavailable("claim: the session is registered by another worker")
-        owned.registration = claimed.registration
-        owned.refreshed_at = asyncio.get_running_loop().time()
+        self._note(owned, claimed.registration)
+
+    def doubt(self, key: str) -> None:
+        """A record may come to stand in our name without our knowing: it is to go, unless its session is owned."""
+        self._unreleased[key] = Registration(self._member.incarnation, 0)
 
     async def adopt(self, record: SessionRecord) -> Owned | None:
         """Take over a session whose owner's lease has ended, and continue the same upstream session.
@@ -103,6 +131,8 @@ class Sessions:
         upstream = self._upstreams.get(record.upstream)
         if upstream is None or record.resume is None:
             raise SealError("not adoptable")
+        if self.draining:
+            raise Unavailable("this worker takes no more sessions")
         resume = self._unseal(record.key, record.resume)
         claimed = await self._member.directory.take_over(
             record.key, record.registration, self._member.incarnation, self._ttl(upstream)
@@ -110,57 +140,151 @@ class Sessions:
         if not claimed.won or claimed.registration is None:
             return None
         owned = await self._open(record.key, upstream, record.principal, resume)
-        owned.registration = claimed.registration
         owned.created_ms = record.created_ms
-        owned.adopted = True
+        owned.adopted_at = asyncio.get_running_loop().time()
+        self._note(owned, claimed.registration)
         self.adopted += 1
         logger.info("session_adopted session=%s from=%s", record.key[:8], record.registration.owner[:8])
         return owned
 
-    async def reclaim(self) -> None:
-        """After a lost lease, or when Redis may have forgotten: register every session again, by compare-and-set."""
-        limit = asyncio.Semaphore(RECLAIM_AT_ONCE)
-
-        async def one(owned: Owned) -> None:
-            async with limit:
-                await self._reclaim_one(owned)
-
-        async with asyncio.TaskGroup() as tasks:
+    async def reconcile(self) -> None:
+        """Bring the directory in line with what is owned here: re-claim, refresh, release. Raises `Unavailable`."""
+        async with self._reconciling:
             for owned in self.all():
-                if owned.registration is not None and not owned.session.is_closed:
-                    tasks.create_task(one(owned))
+                if owned.session.is_closed:  # its child process may take seconds to go, its record need not
+                    self._forget(owned.session)
+            for batch in _batches(self._to_claim()):
+                await self._reclaim(batch)
+            for batch in _batches(self._to_refresh()):
+                await self._refresh(batch)
+            await self._release_ended()
 
     def end(self, owned: Owned, reason: str) -> None:
         """Close a session for good. Its record goes now: a child process may take seconds to go, and until then other
         workers would take the session for one that moves.
         """
         owned.session.close(reason)
-        self._session_closed(owned.session)
+        self._forget(owned.session)
 
-    async def refresh(self) -> None:
-        """Extend the lifetime of records whose sessions were used since the last time (B25)."""
-        now = asyncio.get_running_loop().time()
-        due = [
+    async def hand_off(self) -> None:
+        """Give up every session that can move, so that the next caller's worker adopts it. Calls that run go on
+        here."""
+        async with self._reconciling:
+            self.draining = True
+            moving = [owned for owned in self._owned.values() if owned.session.resume is not None]
+            held = [(owned.session.key, owned.registration) for owned in moving if owned.registration is not None]
+            for owned in moving:
+                owned.session.keeps_record = True
+                self._owned.pop(owned.session.key, None)
+            for batch in _batches(held):
+                await self._member.directory.hand_off(batch)
+        logger.info("sessions_handed_off count=%d", len(held))
+
+    async def settle(self) -> None:
+        """Release what has ended, before the worker stops."""
+        try:
+            await self._release_ended()
+        except Unavailable as error:
+            logger.warning("sessions_not_released count=%d error=%s", len(self._unreleased), error)  # their TTL will
+
+    # -- keeping records -------------------------------------------------------------------------------------------
+
+    def _to_claim(self) -> list[Owned]:
+        incarnation = self._member.incarnation
+        node = self._member.clock.node if self._member.reachable else None
+        return [
             owned
             for owned in self._owned.values()
             if owned.registration is not None
-            and now - owned.refreshed_at > owned.session.upstream.idle_ttl_s * REFRESH_EVERY
+            and not owned.session.is_closed
+            and (owned.registration.owner != incarnation or node not in (None, owned.node))
         ]
-        held = [
-            (owned.session.key, owned.registration, self._ttl_ms(owned))
-            for owned in due
-            if owned.registration is not None
-        ]
-        gone = set(await self._member.directory.refresh(held))
-        for owned in due:
-            if owned.session.key in gone:
-                await self._reclaim_one(owned)
-            owned.refreshed_at = now
 
-    async def settle(self) -> None:
-        """Wait until the records of closed sessions are released."""
-        if self._releasing:
-            await asyncio.wait(self._releasing, timeout=2.0)
+    def _to_refresh(self) -> list[Owned]:
+        now = asyncio.get_running_loop().time()
+        return [
+            owned
+            for owned in self._owned.values()
+            if owned.registration is not None
+            and not owned.session.is_closed
+            and (
+                now - owned.refreshed_at > owned.session.upstream.idle_ttl_s * REFRESH_EVERY
+                or owned.sealed != owned.session.resume
+            )
+        ]
+
+    async def _reclaim(self, batch: Sequence[Owned]) -> None:
+        """Take our own registrations over, under this incarnation; write again what Redis has lost."""
+        directory, incarnation = self._member.directory, self._member.incarnation
+        seen = [(o.session.key, o.registration, self._ttl_ms(o)) for o in batch if o.registration is not None]
+        claimed = await directory.take_over_all(seen, incarnation)
+        gone = [o for o, result in zip(batch, claimed, strict=True) if not result.won and result.registration is None]
+        for owned, result in zip(batch, claimed, strict=True):
+            if owned not in gone:
+                self._settle_claim(owned, result)
+        # A pinned session whose record went from a node that had it was ended by another worker, its client was told.
+        ended = [o for o in gone if o.session.resume is None and o.node == self._member.clock.node]
+        for owned in ended:
+            owned.session.close("released")
+        lost = [o for o in gone if o not in ended and not o.session.is_closed]
+        results = await directory.claim_all([(self._record(o), self._ttl_ms(o)) for o in lost])
+        for owned, result in zip(lost, results, strict=True):
+            self._settle_claim(owned, result)
+
+    def _settle_claim(self, owned: Owned, result: Claimed) -> None:
+        if result.won and result.registration is not None:
+            self._note(owned, result.registration)
+        else:
+            # Taken over while our lease was over. The new owner continues the same upstream session: leave it alone.
+            self.lost += 1
+            logger.info("session_lost session=%s", owned.session.key[:8])
+            owned.session.abandon("taken_over")
+
+    async def _refresh(self, batch: Sequence[Owned]) -> None:
+        now = asyncio.get_running_loop().time()
+        held = [(o.session.key, o.registration, self._ttl_ms(o)) for o in batch if o.registration is not None]
+        changed: dict[str, bytes] = {}
+        resumes = {owned.session.key: owned.session.resume for owned in batch}
+        for owned in batch:
+            resume = resumes[owned.session.key]
+            if resume is not None and resume != owned.sealed:
+                changed[owned.session.key] = self._seal(owned.session.key, resume)
+        gone = set(await self._member.directory.refresh(held, changed))
+        for owned in batch:
+            if owned.session.key in gone:
+                owned.node = 0  # claimed again in the next round
+            else:
+                owned.refreshed_at = now
+                owned.sealed = resumes[owned.session.key]
+
+    async def _release_ended(self) -> None:
+        for key, registration in list(self._unreleased.items()):
+            if key in self._owned:
+                continue  # being registered
+            if registration.epoch == 0:  # a claim whose answer was lost: whatever stands in that name is ours
+                record = await self._member.directory.look_up(key)
+                if record is not None and record.registration.owner == registration.owner:
+                    await self._member.directory.release(key, record.registration)
+            else:
+                await self._member.directory.release(key, registration)
+            self._unreleased.pop(key, None)
+
+    def _note(self, owned: Owned, registration: Registration) -> None:
+        owned.registration = registration
+        owned.node = self._member.clock.node
+        owned.sealed = owned.session.resume
+        owned.refreshed_at = asyncio.get_running_loop().time()
+
+    def _forget(self, session: PooledSession) -> None:
+        owned = self._owned.get(session.key)
+        if owned is None or owned.session is not session:
+            return
+        del self._owned[session.key]
+        if owned.registration is not None and not session.keeps_record:
+            self._unreleased[session.key] = owned.registration
+            self.due.set()
+
+    # -- opening and records ---------------------------------------------------------------------------------------
 
     async def _open(self, key: str, upstream: Upstream, principal: str, resume: ResumeRecord | None) -> Owned:
         owned: Owned | None = None
@@ -174,58 +298,22 @@ class Sessions:
         owned = self._owned[key] = Owned(session)
         return owned
 
-    async def _reclaim_one(self, owned: Owned) -> None:
-        assert owned.registration is not None
-        member, key = self._member, owned.session.key
-        try:
-            claimed = await member.directory.take_over(key, owned.registration, member.incarnation, self._ttl_ms(owned))
-            if not claimed.won and claimed.registration is None:
-                claimed = await member.directory.claim(self._record(owned), self._ttl_ms(owned))
-        except Unavailable as error:
-            logger.warning("session_not_reclaimed session=%s error=%s", key[:8], error)
-            return
-        if claimed.won and claimed.registration is not None:
-            owned.registration = claimed.registration
-        else:
-            # Taken over while our lease was over. The new owner continues the same upstream session: leave it alone.
-            self.lost += 1
-            owned.session.abandon("taken_over")
-
-    def _session_closed(self, session: PooledSession) -> None:
-        owned = self._owned.get(session.key)
-        if owned is None or owned.session is not session:
-            return
-        del self._owned[session.key]
-        if owned.registration is None or session.keeps_record:
-            return
-        task = asyncio.ensure_future(self._release(session.key, owned.registration))
-        self._releasing.add(task)
-        task.add_done_callback(self._releasing.discard)
-
-    async def _release(self, key: str, registration: Registration) -> None:
-        try:
-            await self._member.directory.release(key, registration)
-        except Unavailable as error:
-            logger.warning("session_not_released session=%s error=%s", key[:8], error)  # its TTL will
-
     def _record(self, owned: Owned) -> SessionRecord:
         session = owned.session
         least = owned.registration.epoch + 1 if owned.registration is not None else 0
+        resume = session.resume
         return SessionRecord(
             key=session.key,
             registration=Registration(self._member.incarnation, least),
             upstream=session.upstream.name,
             principal=session.principal,
             created_ms=owned.created_ms,
-            resume=self._seal(session),
+            resume=None if resume is None else self._seal(session.key, resume),
         )
 
-    def _seal(self, session: PooledSession) -> bytes | None:
-        resume = session.link.resume
-        if resume is None:
-            return None
+    def _seal(self, key: str, resume: ResumeRecord) -> bytes:
         plain = orjson.dumps([resume.session_id, resume.protocol_version, resume.cookies])
-        return self._keyring.seal_record(plain, session.key.encode())
+        return self._keyring.seal_record(plain, key.encode())
 
     def _unseal(self, key: str, sealed: bytes) -> ResumeRecord:
         try:
@@ -239,3 +327,7 @@ class Sessions:
 
     def _ttl_ms(self, owned: Owned) -> int:
         return self._ttl(owned.session.upstream)
+
+
+def _batches(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]

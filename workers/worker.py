@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -49,7 +49,8 @@ class Worker:
         """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
         them."""
         self.settings = settings
-        self._ephemeral = ephemeral
+        self.ephemeral = ephemeral
+        self.grace_s = settings.shutdown_grace_s
         clients = RedisClients(redis_url)
         self._redis_place = clients.place
         keyring = Keyring(secrets)
@@ -60,6 +61,7 @@ class Worker:
             "index": index,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self.upstreams = config.servers
         self.telemetry = Telemetry()
         self.telemetry.observe = self._observe
         self.keeper = StreamKeeper()
@@ -90,6 +92,7 @@ class Worker:
         self._joined = asyncio.Event()
         self._draining = False
         self._tasks: asyncio.TaskGroup | None = None
+        self._handing_off: asyncio.Task[None] | None = None
         self.on_joined: Callable[[str], None] = lambda _incarnation: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,20 +140,30 @@ class Worker:
                 await self.member.aclose()
 
     def drain(self) -> None:
-        """Take no new sessions, and end the streams that would never end by themselves. Calls that run go on."""
-        if not self._draining:
-            self._draining = True
-            self.gateway.ready = False
-            self.gateway.end_streams()
-            logger.info("draining waiting=%d sessions=%d", self.gateway.waiting, len(self.pool))
+        """Take no new sessions, hand off those that can move, and end the streams that never end by themselves.
+
+        Calls that run go on.
+        """
+        if self._draining:
+            return
+        self._draining = True
+        self.gateway.ready = False
+        self.gateway.end_streams()
+        logger.info("draining waiting=%d sessions=%d", self.gateway.waiting, len(self.pool))
+        if self._tasks is not None and not self.ephemeral:
+            self._handing_off = self._tasks.create_task(self._hand_off(), name="leasehold-hand-off")
+
+    async def _hand_off(self) -> None:
+        try:
+            await self.sessions.hand_off()
+        except Unavailable as error:  # their owner's end is known a moment later, from the mark that it leaves
+            logger.warning("sessions_not_handed_off error=%s", error)
 
     async def _stop(self) -> None:
         self.drain()
-        await self.forwarder.drain(self.settings.shutdown_grace_s)
-        if not self._ephemeral:
-            for owned in self.sessions.all():
-                if owned.registration is not None and owned.session.link_can_move:
-                    owned.session.abandon("shutdown")  # its record stays: the next caller's worker adopts it
+        if self._handing_off is not None:
+            await self._handing_off
+        await self.forwarder.drain(self.grace_s)
 
     async def _wait_joined(self) -> None:
         try:
@@ -169,13 +182,17 @@ class Worker:
 
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(HOUSEKEEPING_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HOUSEKEEPING_S):
+                    await self.sessions.due.wait()
+            self.sessions.due.clear()
             self.telemetry.collect()
             self.gateway.health = self._health()
             try:
-                await self.sessions.refresh()
+                await self.sessions.reconcile()
             except Unavailable as error:
-                logger.debug("refresh_failed error=%s", error)
+                logger.debug("reconcile_failed error=%s", error)
+                await asyncio.sleep(HOUSEKEEPING_S)
 
     def _health(self) -> dict[str, Any]:
         return {
@@ -221,7 +238,7 @@ class Worker:
 
     async def joined(self, incarnation: str, *, again: bool) -> None:
         if again:
-            await self.sessions.reclaim()
+            await self.sessions.reconcile()
         self._joined.set()
         self.gateway.ready = not self._draining
         self.on_joined(incarnation)
@@ -232,8 +249,7 @@ class Worker:
         self.forwarder.lost()
 
     def redis_changed(self) -> None:
-        if self._tasks is not None:
-            self._tasks.create_task(self.sessions.reclaim(), name="leasehold-reclaim")
+        self.sessions.due.set()
 
     def rotated(self) -> None:
         self.forwarder.rotated()
