@@ -42,11 +42,11 @@ def started(command: list[str], pattern: str, log: Path, **env: str) -> Iterator
         until = time.monotonic() + START_LIMIT_S
         while not (found := re.search(pattern, log.read_text())):
             if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"{command[1]} did not start:\n{log.read_text()}")
+                raise SystemExit(f"{' '.join(command[:4])} did not start:\n{log.read_text()}")
             time.sleep(0.05)
         yield found.group(1)
     finally:
-        process.terminate()
+        process.terminate()  # a second Ctrl-C gets to it, too
         process.wait()
 
 
@@ -87,6 +87,7 @@ async def drive(console: Console, base: str, server: str, gateway_log: Path | No
 
     table = Table("call", "landed on", "owner", "way", "result", "ms", title=f"{server}: one session, {CALLS} calls")
     landed: set[str] = set()
+    results: list[str] = []
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(httpx2.AsyncClient(event_hooks={"response": [note]}, timeout=30))
         transport = streamable_http_client(f"{base}/servers/{server}/mcp", http_client=http)
@@ -102,9 +103,12 @@ async def drive(console: Console, base: str, server: str, gateway_log: Path | No
             ms = (time.perf_counter() - began) * 1000
             worker, owner = seen["leasehold-worker"], seen["leasehold-owner"]
             landed.add(worker)
+            results.append(text_of(result))
             way = "local" if worker == owner else "forwarded"
-            table.add_row("increment", worker, owner, way, text_of(result), f"{ms:.1f}")
+            table.add_row("increment", worker, owner, way, results[-1], f"{ms:.1f}")
     console.print(table)
+    if results != [str(number) for number in range(1, CALLS + 1)]:
+        raise SystemExit(f"expected the counts 1 to {CALLS} in order, got {' '.join(results)}")
     return landed
 
 
@@ -112,12 +116,18 @@ def text_of(result: Any) -> str:
     return " ".join(block.text for block in result.content)
 
 
-async def demo(once: bool, port: int) -> None:
-    console = Console()
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+async def drive_all(console: Console, gateway: str, gateway_log: Path) -> None:
+    async with RoundRobin([gateway]) as balancer:
+        landed = await drive(console, balancer.url, "counter", gateway_log)
+        landed |= await drive(console, balancer.url, "counter-stdio")
+    console.print(
+        f"\nEach session counted from 1 to {CALLS} in order, over {len(landed)} workers;"
+        " the first one outlived the worker that owned it.\n"
+    )
+
+
+def demo(once: bool, port: int) -> None:
+    console = Console(soft_wrap=True)  # what is printed to be copied stays in one piece
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream = stack.enter_context(
@@ -128,28 +138,20 @@ async def demo(once: bool, port: int) -> None:
         config.write_text(json.dumps({"mcpServers": {"counter": {"url": upstream}, "counter-stdio": stdio}}, indent=2))
         command = [sys.executable, "-m", "leasehold.workers.cli", "serve", str(config)]
         command += ["--workers", str(WORKERS), "--port", str(port)]
-        gateway = stack.enter_context(
-            started(command, r"url=(http://[^/]+)", folder / "gateway.log", LEASEHOLD_ROUTE_HEADERS="true")
-        )
+        log = folder / "gateway.log"
+        gateway = stack.enter_context(started(command, r"url=(http://[^/]+)", log, LEASEHOLD_ROUTE_HEADERS="true"))
         wait_ready(gateway)
         console.print(
             f"A gateway of {WORKERS} workers at {gateway}, one Redis of its own, two stateful servers behind it.\n"
         )
-        async with RoundRobin([gateway]) as balancer:
-            landed = set[str]()
-            landed |= await drive(console, balancer.url, "counter", folder / "gateway.log")
-            landed |= await drive(console, balancer.url, "counter-stdio")
-        console.print(
-            f"\nEach session counted from 1 to {CALLS} in order, over {len(landed)} workers;"
-            " the first one outlived the worker that owned it.\n"
-        )
+        asyncio.run(drive_all(console, gateway, log))
         console.print("Point your own client at it:")
         console.print(f'  {{"mcpServers": {{"counter": {{"url": "{gateway}/servers/counter/mcp"}}}}}}', markup=False)
         console.print(f"  npx @modelcontextprotocol/inspector --cli {gateway}/servers/counter/mcp --method tools/list")
         console.print("Serve your own servers: leasehold serve mcp.json --workers 4")
         if not once:
             console.print("\nServing until Ctrl-C.")
-            await stop.wait()
+            signal.pause()
 
 
 def main() -> None:
@@ -157,7 +159,9 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="end after the table")
     parser.add_argument("--port", type=int, default=0, help="the gateway's port; 0 takes a free one")
     arguments = parser.parse_args()
-    asyncio.run(demo(arguments.once, arguments.port))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        demo(arguments.once, arguments.port)
 
 
 if __name__ == "__main__":

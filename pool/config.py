@@ -3,22 +3,22 @@
 People already have this file, written for some client, so keys of other clients are tolerated (and listed as warnings),
 while everything under our own `leasehold` key is strict: a typing error there would silently change a limit.
 
-All problems of a file are collected and reported at once, one line each: file, key, expected value. Header values,
-environment values, arguments and URLs may hold credentials: no message and no `repr` shows any of them.
+All problems of a file are collected and reported at once, one line each: file, key, expected value. How a single value
+is read, and what of it may be shown, is `config_values.py`'s.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, get_args
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
+from .config_values import JsonObject, Values, did_you_mean, kind_of, parse_json, quoted
 from .errors import ConfigError
 from .upstream import Affinity, Config, HttpTarget, StdioTarget, Upstream
 
@@ -67,7 +67,6 @@ LINK_HEADERS: Final = frozenset(
 SERVER_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
 CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>))")
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -92,7 +91,7 @@ def parse_config(text: str, source: str, environ: Mapping[str, str]) -> Config:
     reader = _Reader(source, environ)
     servers: dict[str, Upstream] = {}
     disabled: list[str] = []
-    for name, path, entry in reader.entries(_parse_json(text, source)):
+    for name, path, entry in reader.entries(parse_json(text, source)):
         if reader.is_disabled(path, entry):
             disabled.append(name)
         elif (upstream := reader.upstream(name, path, entry)) is not None:
@@ -104,100 +103,60 @@ def parse_config(text: str, source: str, environ: Mapping[str, str]) -> Config:
     return Config(source, MappingProxyType(servers), tuple(disabled), tuple(reader.warnings))
 
 
-class _Object(dict[str, object]):
-    """A JSON object that remembers which of its keys were written twice: JSON lets the last one win silently."""
+class _Reader(Values):
+    """Walks the servers of a file."""
 
-    repeated: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, pairs: list[tuple[str, object]]) -> _Object:
-        made = cls(pairs)
-        if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            made.repeated = tuple(name for name in made if names.count(name) > 1)
-        return made
-
-
-def _parse_json(text: str, source: str) -> object:
-    def no_constant(name: str) -> object:
-        raise ConfigError(f"{source}: expected JSON, {name} is no JSON number")
-
-    try:
-        return json.loads(text, object_pairs_hook=_Object.of, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1 : error.lineno]
-        hint = " (JSON has no comments)" if line and line[0][error.colno - 1 :].startswith(("//", "/*", "#")) else ""
-        where = f"{source}: line {error.lineno} column {error.colno}"
-        raise ConfigError(f"{where}: expected JSON: {error.msg}{hint}") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, brackets by the thousand
-        raise ConfigError(f"{source}: expected JSON of a sensible size") from None
-
-
-class _Reader:
-    """Walks the JSON, collecting problems and warnings. A method that found a problem returns None."""
-
-    def __init__(self, source: str, environ: Mapping[str, str]) -> None:
-        self._source = source
-        self._environ = environ
-        self.root = "mcpServers"
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-
-    def problem(self, path: str, text: str) -> None:
-        self.problems.append(f"{self._source}: {path}: {text}")
-
-    def warn(self, path: str, text: str) -> None:
-        self.warnings.append(f"{self._source}: {path}: {text}")
+    root = "mcpServers"
 
     # The file
 
-    def entries(self, document: object) -> list[tuple[str, str, _Object]]:
+    def entries(self, document: object) -> list[tuple[str, str, JsonObject]]:
         """The servers of a file: name, path for messages, object."""
-        if not isinstance(document, _Object):
-            self.problems.append(f'{self._source}: expected an object with the key "mcpServers", got {_kind(document)}')
+        if not isinstance(document, JsonObject):
+            self.problem("", f'expected an object with the key "mcpServers", got {kind_of(document)}')
             return []
         roots = [key for key in ("mcpServers", "servers") if key in document]
         if len(roots) != 1:
             expected = 'expected an object with the key "mcpServers" (or "servers")'
-            found = "both" if roots else "neither" + _did_you_mean(document, ("mcpServers", "servers"))
-            self.problems.append(f"{self._source}: {expected}, found {found}")
+            found = "both" if roots else "neither" + did_you_mean(document, ("mcpServers", "servers"))
+            self.problem("", f"{expected}, found {found}")
             return []
         self.root = roots[0]
         for key in document:
             if key != self.root:
-                self.warn(_show(key), "not used")
+                self.warn(quoted(key), "not used")
         servers = document[self.root]
         if self.root in document.repeated:
             self.problem(self.root, "expected once, found more than once")
-        if not isinstance(servers, _Object):
-            self.problem(self.root, f"expected an object of servers, got {_kind(servers)}")
+        if not isinstance(servers, JsonObject):
+            self.problem(self.root, f"expected an object of servers, got {kind_of(servers)}")
             return []
-        found_entries: list[tuple[str, str, _Object]] = []
+        found_entries: list[tuple[str, str, JsonObject]] = []
         for name, entry in servers.items():
-            path = f"{self.root}.{_show(name)}"
+            path = f"{self.root}.{quoted(name)}"
             if name in servers.repeated:
                 self.problem(path, "expected once, found more than once")
             # `..` would be taken out of the endpoint's path by every client.
             if not SERVER_NAME.fullmatch(name) or not name.strip("."):
                 self.problem(path, "expected a name of 1 to 64 characters out of A-Z a-z 0-9 _ . -, not dots alone")
-            elif not isinstance(entry, _Object):
-                self.problem(path, f"expected an object, got {_kind(entry)}")
+            elif not isinstance(entry, JsonObject):
+                self.problem(path, f"expected an object, got {kind_of(entry)}")
             else:
                 found_entries.append((name, path, entry))
         return found_entries
 
-    def is_disabled(self, path: str, entry: _Object) -> bool:
+    def is_disabled(self, path: str, entry: JsonObject) -> bool:
         disabled = entry.get("disabled", False)
         if not isinstance(disabled, bool):
-            self.problem(f"{path}.disabled", f"expected true or false, got {_kind(disabled)}")
+            self.problem(f"{path}.disabled", f"expected true or false, got {kind_of(disabled)}")
         return disabled is True
 
     # One server
 
-    def upstream(self, name: str, path: str, entry: _Object) -> Upstream | None:
+    def upstream(self, name: str, path: str, entry: JsonObject) -> Upstream | None:
         before = len(self.problems)
         for key in entry.repeated:
-            self.problem(f"{path}.{_show(key)}", "expected once, found more than once")
+            self.problem(f"{path}.{quoted(key)}", "expected once, found more than once")
         transport = self._transport(path, entry)
         if transport is None:
             return None
@@ -207,12 +166,12 @@ class _Reader:
             if any(key in keys for keys in KEYS_OF.values()):
                 self.problem(f"{path}.{key}", f"expected only with another type of server, this one is {transport}")
             else:
-                self.warn(f"{path}.{_show(key)}", "not used")
+                self.warn(f"{path}.{quoted(key)}", "not used")
         target = self._http(path, entry) if transport == "http" else self._stdio(path, entry)
-        made = self._options(name, path, entry.get("leasehold", _Object()), target)
+        made = self._options(name, path, entry.get("leasehold", JsonObject()), target)
         return made if len(self.problems) == before else None
 
-    def _transport(self, path: str, entry: _Object) -> Literal["http", "stdio"] | None:
+    def _transport(self, path: str, entry: JsonObject) -> Literal["http", "stdio"] | None:
         key = "transport" if "transport" in entry and "type" not in entry else "type"
         if key not in entry:
             if ("url" in entry) == ("command" in entry):
@@ -225,18 +184,18 @@ class _Reader:
         path = f"{path}.{key}"
         expected = 'expected "http", "streamable-http" or "stdio"'
         if not isinstance(value, str):
-            self.problem(path, f"{expected}, got {_kind(value)}")
+            self.problem(path, f"{expected}, got {kind_of(value)}")
             return None
         known = TYPES.get(value.lower().replace("-", "").replace("_", ""))
         if known is None:
-            self.problem(path, f"{expected}, got {_show(value)}")
+            self.problem(path, f"{expected}, got {quoted(value)}")
         elif known not in SERVED_TYPES:
             self.problem(path, f'{expected}: "{known}" is not supported yet')
         return "http" if known == "http" else "stdio" if known == "stdio" else None
 
-    def _http(self, path: str, entry: _Object) -> HttpTarget | None:
-        url = self._string(f"{path}.url", entry.get("url"), "an http:// or https:// URL")
-        headers = self._headers(f"{path}.headers", entry.get("headers", _Object()))
+    def _http(self, path: str, entry: JsonObject) -> HttpTarget | None:
+        url = self.string(f"{path}.url", entry.get("url"), "an http:// or https:// URL")
+        headers = self._headers(f"{path}.headers", entry.get("headers", JsonObject()))
         parts = None if url is None else self._url(f"{path}.url", url)
         if parts is None or headers is None:
             return None
@@ -270,13 +229,13 @@ class _Reader:
         return None
 
     def _headers(self, path: str, value: object) -> dict[str, str] | None:
-        pairs = self._strings(path, value)
+        pairs = self.strings(path, value)
         if pairs is None:
             return None
         headers: dict[str, str] = {}
         for name, text in pairs.items():
             key = name.lower()
-            where = f"{path}.{_show(name)}"
+            where = f"{path}.{quoted(name)}"
             if not HEADER_NAME.fullmatch(name):
                 self.problem(where, "expected the name of an HTTP header")
             elif key in LINK_HEADERS:
@@ -289,19 +248,19 @@ class _Reader:
                 headers[key] = text.strip(" \t")
         return headers
 
-    def _stdio(self, path: str, entry: _Object) -> StdioTarget | None:
-        command = self._string(f"{path}.command", entry.get("command"), "the command to start")
-        args = self._list(f"{path}.args", entry.get("args", []))
-        env = self._strings(f"{path}.env", entry.get("env", _Object()))
+    def _stdio(self, path: str, entry: JsonObject) -> StdioTarget | None:
+        command = self.string(f"{path}.command", entry.get("command"), "the command to start")
+        args = self.items(f"{path}.args", entry.get("args", []))
+        env = self.strings(f"{path}.env", entry.get("env", JsonObject()))
         cwd = None
         if entry.get("cwd") is not None:
-            cwd = self._string(f"{path}.cwd", entry["cwd"], "the path of a directory")
+            cwd = self.string(f"{path}.cwd", entry["cwd"], "the path of a directory")
         if args is None or env is None:
             return None
-        expanded = [self._string(f"{path}.args[{i}]", arg, "a string", empty=True) for i, arg in enumerate(args)]
+        expanded = [self.string(f"{path}.args[{i}]", arg, "a string", empty=True) for i, arg in enumerate(args)]
         for name in env:
             if not name or "=" in name or not name.isprintable():
-                self.problem(f"{path}.env.{_show(name)}", "expected the name of an environment variable")
+                self.problem(f"{path}.env.{quoted(name)}", "expected the name of an environment variable")
         if command is None:
             return None
         return StdioTarget(command, tuple(arg for arg in expanded if arg is not None), MappingProxyType(env), cwd)
@@ -310,16 +269,16 @@ class _Reader:
 
     def _options(self, name: str, path: str, value: object, target: HttpTarget | StdioTarget | None) -> Upstream | None:
         path = f"{path}.leasehold"
-        if not isinstance(value, _Object):
-            self.problem(path, f"expected an object, got {_kind(value)}")
+        if not isinstance(value, JsonObject):
+            self.problem(path, f"expected an object, got {kind_of(value)}")
             return None
         for key in value.repeated:
-            self.problem(f"{path}.{_show(key)}", "expected once, found more than once")
+            self.problem(f"{path}.{quoted(key)}", "expected once, found more than once")
         for key in value:
             if key not in OPTIONS:
                 close = get_close_matches(key, OPTIONS, 1)
                 known = f'did you mean "{close[0]}"?' if close else "known are " + ", ".join(OPTIONS)
-                self.problem(f"{path}.{_show(key)}", f"expected no such key; {known}")
+                self.problem(f"{path}.{quoted(key)}", f"expected no such key; {known}")
             elif key in UNSERVED_OPTIONS:
                 self.problem(f"{path}.{key}", "expected to be absent: not supported yet")
         # One placeholder where the target is wrong: the problems of the options are still to be found.
@@ -328,21 +287,21 @@ class _Reader:
             name=name,
             target=limits.target,
             affinity=self._affinity(f"{path}.affinity", value.get("affinity", limits.affinity)),
-            max_sessions=self._count(f"{path}.max_sessions", value, "max_sessions") or limits.max_sessions,
-            max_sessions_per_principal=self._count(
+            max_sessions=self.count(f"{path}.max_sessions", value, "max_sessions") or limits.max_sessions,
+            max_sessions_per_principal=self.count(
                 f"{path}.max_sessions_per_principal", value, "max_sessions_per_principal"
             ),
-            idle_ttl_s=self._seconds(f"{path}.idle_ttl", value.get("idle_ttl", limits.idle_ttl_s)),
-            call_timeout_s=self._seconds(f"{path}.call_timeout", value.get("call_timeout", limits.call_timeout_s)),
-            idempotent_tools=frozenset(self._names(f"{path}.idempotent_tools", value.get("idempotent_tools", []))),
+            idle_ttl_s=self.seconds(f"{path}.idle_ttl", value.get("idle_ttl", limits.idle_ttl_s)),
+            call_timeout_s=self.seconds(f"{path}.call_timeout", value.get("call_timeout", limits.call_timeout_s)),
+            idempotent_tools=frozenset(self.names(f"{path}.idempotent_tools", value.get("idempotent_tools", []))),
             forward_headers=frozenset(
-                name.lower() for name in self._names(f"{path}.forward_headers", value.get("forward_headers", []))
+                name.lower() for name in self.names(f"{path}.forward_headers", value.get("forward_headers", []))
             ),
         )
         for header in sorted(made.forward_headers):
             where = f"{path}.forward_headers"
             if not HEADER_NAME.fullmatch(header):
-                self.problem(where, f"expected names of HTTP headers, got {_show(header)}")
+                self.problem(where, f"expected names of HTTP headers, got {quoted(header)}")
             elif header in LINK_HEADERS:
                 self.problem(where, f'expected no "{header}": Leasehold sets this header itself')
         if made.forward_headers and isinstance(target, StdioTarget):
@@ -355,141 +314,9 @@ class _Reader:
     def _affinity(self, path: str, value: object) -> Affinity:
         expected = 'expected "session"'
         if not isinstance(value, str):
-            self.problem(path, f"{expected}, got {_kind(value)}")
+            self.problem(path, f"{expected}, got {kind_of(value)}")
         elif value not in get_args(Affinity):
-            self.problem(path, f"{expected}, got {_show(value)}")
+            self.problem(path, f"{expected}, got {quoted(value)}")
         elif value not in SERVED_AFFINITIES:
             self.problem(path, f'{expected}: "{value}" is not supported yet')
         return "session"
-
-    def _count(self, path: str, options: _Object, key: str) -> int | None:
-        if key not in options:
-            return None
-        value = options[key]
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.problem(path, f"expected an integer from 1 to 1000000, got {_kind(value)}")
-        elif not 1 <= value <= 1_000_000:
-            self.problem(path, f"expected an integer from 1 to 1000000, got {_number(value)}")
-        else:
-            return value
-        return None
-
-    def _seconds(self, path: str, value: object) -> float:
-        expected = "expected seconds, from 0.1 to 604800"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problem(path, f"{expected}, got {_kind(value)}")
-        elif not 0.1 <= value <= 604_800:
-            self.problem(path, f"{expected}, got {_number(value)}")
-        else:
-            return float(value)
-        return 0.0
-
-    def _names(self, path: str, value: object) -> list[str]:
-        names: list[str] = []
-        for i, item in enumerate(self._list(path, value) or []):
-            if isinstance(item, str) and item:
-                names.append(item)
-            else:
-                self.problem(f"{path}[{i}]", f"expected a name, got {_kind(item)}")
-        return names
-
-    # Values
-
-    def _list(self, path: str, value: object) -> list[object] | None:
-        if isinstance(value, list):
-            return cast(list[object], value)
-        self.problem(path, f"expected a list of strings, got {_kind(value)}")
-        return None
-
-    def _strings(self, path: str, value: object) -> dict[str, str] | None:
-        if not isinstance(value, _Object):
-            self.problem(path, f"expected an object of strings, got {_kind(value)}")
-            return None
-        for key in value.repeated:
-            self.problem(f"{path}.{_show(key)}", "expected once, found more than once")
-        made: dict[str, str] = {}
-        for key, item in value.items():
-            text = self._string(f"{path}.{_show(key)}", item, "a string", empty=True)
-            if text is not None:
-                made[key] = text
-        return made
-
-    def _string(self, path: str, value: object, expected: str, *, empty: bool = False) -> str | None:
-        if not isinstance(value, str):
-            self.problem(path, f"expected {expected}, got {_kind(value)}")
-            return None
-        text = self._expand(path, value)
-        if text is None:
-            return None
-        if not text and not empty:
-            self.problem(path, f"expected {expected}, got an empty string")
-            return None
-        # JSON can write both: one half of a surrogate pair, and a character that ends strings of the operating system.
-        if any("\ud800" <= char <= "\udfff" or char == "\0" for char in text):
-            self.problem(path, f"expected {expected} of Unicode text without NUL characters")
-            return None
-        return text
-
-    def _expand(self, path: str, text: str) -> str | None:
-        """Replace `${VAR}` and `${VAR:-default}`, once: values are not expanded again. `$${` is a plain `${`."""
-        sound = True
-
-        def replacement(match: re.Match[str]) -> str:
-            nonlocal sound
-            name, default = match["name"], match["default"]
-            if match["bad"] is not None:
-                sound = False
-                # What follows is not shown: it may be the default, and the default may be a credential.
-                self.problem(path, "expected ${VAR} or ${VAR:-default} after a $ (a plain ${ is written $${)")
-            elif name is None:
-                return "${"
-            elif default is not None:
-                return self._environ.get(name) or default  # as in a shell: an empty variable counts as unset
-            elif name not in self._environ:
-                sound = False
-                self.problem(
-                    path, f"expected the environment variable {name} to be set (or write ${{{name}:-default}})"
-                )
-            else:
-                return self._environ[name]
-            return ""
-
-        expanded = VARIABLE.sub(replacement, text)
-        return expanded if sound else None
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is, without showing it."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return "a number"
-        case "":
-            return "an empty string"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-def _number(value: float) -> str:
-    return str(value) if abs(value) < 1e15 else "a number beyond all bounds"
-
-
-def _show(name: str) -> str:
-    """A key as it stands in messages: on one line, of bounded length."""
-    return name if re.fullmatch(r"[A-Za-z0-9_.$-]{1,64}", name) else json.dumps(name[:64])
-
-
-def _did_you_mean(found: Mapping[str, object], known: tuple[str, ...]) -> str:
-    for key in found:
-        close = get_close_matches(key.lower(), [name.lower() for name in known], 1)
-        if close:
-            right = next(name for name in known if name.lower() == close[0])
-            return f'; {_show(key)}: did you mean "{right}"?'
-    return ""

@@ -172,10 +172,13 @@ class HttpLink:
         self._version = resume.protocol_version if resume else None
         self._cookies = dict(resume.cookies) if resume else {}
         self._closed = asyncio.Event()
+        # GET streams, which end with the link: those whose answer has yet to begin, and those that are read.
+        self._opening: set[asyncio.Timeout] = set()
+        self._streams: set[ClientResponse] = set()
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "stateless" if self._stateless else "open"
-        return f"<HttpLink {state}>"
+        return f"<HttpLink {state} streams={len(self._streams)}>"
 
     @property
     def is_closed(self) -> bool:
@@ -198,7 +201,17 @@ class HttpLink:
         return await self._reply(response)
 
     async def get(self, headers: Headers) -> Reply:
-        return await self._reply(await self._request("GET", headers, None, read_timeout_s=None))
+        opening = asyncio.timeout(None)
+        try:
+            async with opening:
+                self._opening.add(opening)
+                response = await self._request("GET", headers, None, read_timeout_s=None)
+        except TimeoutError:
+            raise SessionClosed("the upstream session has ended") from None
+        finally:
+            self._opening.discard(opening)
+        self._streams.add(response)
+        return await self._reply(response)
 
     async def delete(self, headers: Headers) -> Reply:
         return await self._reply(await self._request("DELETE", headers, None, read_timeout_s=DELETE_TIMEOUT_S))
@@ -208,6 +221,11 @@ class HttpLink:
 
     async def aclose(self) -> None:
         self._closed.set()
+        for opening in self._opening:
+            if not opening.expired():
+                opening.reschedule(asyncio.get_running_loop().time())
+        for response in list(self._streams):
+            response.close()
 
     async def _request(
         self, method: str, headers: Headers, body: bytes | None, read_timeout_s: float | None
@@ -267,21 +285,23 @@ class HttpLink:
 
     async def _reply(self, response: ClientResponse) -> Reply:
         kept = [(name.lower(), value) for name, value in response.raw_headers if name.lower() in RESPONSE_HEADERS]
-        chunks = _chunks(response, self._call_timeout_s)
+        chunks = self._chunks(response)
         await anext(chunks)  # a generator that never began runs no clean-up when it is closed
         return Reply(response.status, kept, chunks)
 
-
-async def _chunks(response: ClientResponse, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """The body as it comes, after one empty piece. Read to its end, the connection is used again; closed early,
-    closed."""
-    try:
-        yield b""
-        while chunk := await response.content.readany():
-            yield chunk
-    except TimeoutError as error:
-        raise CallTimeout(f"the upstream stayed silent for {timeout_s:g} s") from error
-    except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamLost(f"the upstream's answer broke off: {type(error).__name__}") from error
-    finally:
-        response.close()
+    async def _chunks(self, response: ClientResponse) -> AsyncGenerator[bytes, None]:
+        """The body as it comes, after one empty piece. Read to its end, the connection is used again; closed early,
+        closed."""
+        try:
+            yield b""
+            while chunk := await response.content.readany():
+                yield chunk
+        except TimeoutError as error:
+            raise CallTimeout(f"the upstream stayed silent for {self._call_timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            # A GET stream just ends when its session does.
+            if not (self.is_closed and response in self._streams):
+                raise UpstreamLost(f"the upstream's answer broke off: {type(error).__name__}") from error
+        finally:
+            self._streams.discard(response)
+            response.close()

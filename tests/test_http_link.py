@@ -202,7 +202,7 @@ async def test_events_arrive_as_they_are_sent(server: Server, connect: Connect) 
 
     server.handler = handler
     reply = await post(connect())
-    assert reply.header(b"content-type") == b"text/event-stream"
+    assert (b"content-type", b"text/event-stream") in reply.headers
     async with aclosing(reply.chunks) as chunks:
         assert await anext(chunks) == event(b"1")
         go_on.set()
@@ -587,6 +587,89 @@ async def test_a_closed_link_sends_nothing(server: Server, connect: Connect) -> 
         await post(link)
     assert caught.value.outcome == "not_run"
     assert not server.requests
+
+
+async def test_a_get_stream_ends_when_its_link_is_closed(server: Server, connect: Connect) -> None:
+    """Whoever closed it: the client, the idle limit, another owner, who wants this stream for himself."""
+    link, other = connect(), connect()
+    server.handler = lambda request: request.stream(event(b"1"), ends=False)
+    streams = [(await each.get([])).chunks for each in (link, link, other)]
+    for chunks in streams:
+        assert await anext(chunks) == event(b"1")
+    reading = [asyncio.ensure_future(_rest(chunks)) for chunks in streams]
+    await asyncio.sleep(0)
+    await link.aclose()
+    assert await asyncio.wait_for(asyncio.gather(*reading[:2]), 1) == [b"", b""]
+    await asyncio.wait_for(asyncio.gather(*(request.lost.wait() for request in server.requests[:2])), 1)
+    assert not reading[2].done()
+    await other.aclose()
+    assert await asyncio.wait_for(reading[2], 1) == b""
+
+
+async def test_a_get_stream_that_is_not_being_read_ends_too(server: Server, connect: Connect) -> None:
+    link = connect()
+    server.handler = lambda request: request.stream(event(b"1"), ends=False)
+    reply = await link.get([])
+    await link.aclose()
+    await asyncio.wait_for(server.requests[0].lost.wait(), 1)
+    assert await asyncio.wait_for(body_of(reply), 1) in (b"", event(b"1"))
+
+
+async def test_a_get_stream_that_has_not_begun_is_given_up_when_its_link_is_closed(
+    server: Server, connect: Connect
+) -> None:
+    link = connect()
+    never = asyncio.Event()
+
+    async def hang(_request: Request) -> None:
+        await never.wait()
+
+    server.handler = hang
+    opening = asyncio.ensure_future(link.get([]))
+    await asyncio.wait_for(server.arrived.wait(), 5)
+    await link.aclose()
+    with pytest.raises(SessionClosed):
+        await asyncio.wait_for(opening, 1)
+    await asyncio.wait_for(server.requests[0].lost.wait(), 1)
+
+
+async def test_a_call_under_way_is_answered_though_its_link_was_closed(server: Server, connect: Connect) -> None:
+    """B46: the session may have moved to another owner, and this call runs at the upstream all the same."""
+    link = connect()
+    go_on = asyncio.Event()
+
+    async def handler(request: Request) -> None:
+        if request.headers.get("traceparent") == "events":
+            await request.stream(event(b"1"), ends=False)
+            await go_on.wait()
+            await request.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event(RESULT)), event(RESULT)))
+        else:
+            await go_on.wait()
+            await request.json()
+
+    server.handler = handler
+    streaming = await post(link, PING, (b"traceparent", b"events"))
+    waiting = asyncio.ensure_future(call(link))
+    while len(server.requests) < 2:
+        await asyncio.sleep(0.005)
+    await link.aclose()
+    go_on.set()
+    assert await body_of(streaming) == event(b"1") + event(RESULT)
+    assert await waiting == RESULT
+
+
+async def test_a_get_stream_that_breaks_by_itself_is_lost(server: Server, connect: Connect) -> None:
+    link = connect()
+    server.handler = lambda request: request.stream(event(b"1"), ends=False)
+    reply = await link.get([])
+    assert await anext(reply.chunks) == event(b"1")
+    server.drop_all()
+    with pytest.raises(UpstreamLost):
+        await anext(reply.chunks)
+
+
+async def _rest(chunks: Any) -> bytes:
+    return b"".join([chunk async for chunk in chunks])
 
 
 async def test_a_large_body_arrives_whole(server: Server, connect: Connect) -> None:

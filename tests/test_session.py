@@ -269,12 +269,12 @@ async def test_an_abandoned_session_lives_on_upstream() -> None:
     """B28"""
     owned = Owned(resume="up")
     await owned.session.wait_open()
-    assert owned.session.link_can_move
+    assert owned.session.resume is not None
     owned.session.abandon("shutdown")
     assert owned.session.keeps_record
     await owned.gone()
     assert owned.link.deleted == []
-    assert not owned.session.link_can_move
+    assert not owned.session.resume is not None
 
 
 async def test_the_first_reason_to_close_stands() -> None:

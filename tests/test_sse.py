@@ -77,25 +77,10 @@ def test_an_event_above_the_limit_is_passed_over_and_the_next_one_found() -> Non
         assert split(chunks, 50) == [b"small"]
 
 
-def test_at_boundary_is_true_between_events_only() -> None:
-    splitter = EventSplitter(1000)
-    assert splitter.at_boundary
-    list(splitter.feed(b"data: 1\n"))
-    assert not splitter.at_boundary
-    list(splitter.feed(b"\n"))
-    assert splitter.at_boundary
-    list(splitter.feed(b"x" * 2000))
-    assert not splitter.at_boundary
-    list(splitter.feed(b"\n\n"))
-    assert splitter.at_boundary
-
-
 def test_a_carriage_return_at_the_end_of_a_chunk_ends_the_event_at_once() -> None:
     splitter = EventSplitter(1000)
     assert list(splitter.feed(b"data: 1\r\n\r")) == [b"1"]
-    assert splitter.at_boundary
     assert not list(splitter.feed(b"\n"))
-    assert splitter.at_boundary
     assert list(splitter.feed(b"data: 2\r\n\r\n")) == [b"2"]
 
 

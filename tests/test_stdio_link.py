@@ -25,20 +25,17 @@ from leasehold.pool import jsonrpc, stdio_link
 from leasehold.pool.errors import CallTimeout, Fenced, OpenFailed, SessionClosed, UpstreamLost
 from leasehold.pool.link import Link, Reply, unfenced
 from leasehold.pool.reaper import Reaper, reaper
+from leasehold.pool.sse import STREAM_HEADERS as SSE
+from leasehold.pool.sse import event
 from leasehold.pool.stdio_lines import STRAY_LINE_CHARS, STRAY_LINES_PER_S, LineSplitter
 from leasehold.pool.stdio_link import StdioLink
 from leasehold.pool.stdio_routing import BACKLOG_BYTES, BACKLOG_MESSAGES, Router
-from leasehold.pool.stdio_stream import KEEPALIVE, STREAM_BYTES, LineStream
+from leasehold.pool.stdio_stream import STREAM_BYTES, LineStream
 
 pytestmark = pytest.mark.anyio
 
 SERVERS = Path(__file__).parent / "servers"
 FAKE = ["-I", "-S", str(SERVERS / "fake_stdio.py")]
-SSE = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 @pytest.fixture
@@ -93,8 +90,8 @@ def lives(pid: int) -> bool:
         return False
 
 
-def event(line: str | bytes) -> bytes:
-    return b"event: message\ndata: " + (line.encode() if isinstance(line, str) else line) + b"\n\n"
+def events(*lines: str) -> bytes:
+    return b"".join(event(line.encode()) for line in lines)
 
 
 def tasks() -> set[asyncio.Task[Any]]:
@@ -160,7 +157,7 @@ async def test_raw_line_breaks_in_a_body_cannot_smuggle_a_second_message(link: S
 async def test_carriage_returns_of_the_child_cannot_break_an_event(link: StdioLink) -> None:
     lines = ['{"jsonrpc":"2.0",\r"method":"notifications/a"}\r', '{"jsonrpc":"2.0","id":1,"result":{}}\r']
     reply = await post(link, request("say", 1, mute=True, lines=lines))
-    expected = event('{"jsonrpc":"2.0", "method":"notifications/a"}') + event('{"jsonrpc":"2.0","id":1,"result":{}}')
+    expected = events('{"jsonrpc":"2.0", "method":"notifications/a"}', '{"jsonrpc":"2.0","id":1,"result":{}}')
     assert await body_of(reply) == expected
 
 
@@ -172,18 +169,19 @@ async def test_messages_before_the_response_make_an_event_stream_that_ends_with_
     ]
     reply = await post(link, request("say", 1, mute=True, lines=lines))
     assert (reply.status, reply.headers) == (200, SSE)
-    assert await body_of(reply) == b"".join(map(event, lines))
+    assert await body_of(reply) == events(*lines)
 
 
-async def test_silence_makes_an_event_stream_kept_alive_by_comments(open_link: Opener) -> None:
-    link = await open_link(keepalive=0.02)
+async def test_silence_makes_an_event_stream_so_that_comments_can_be_sent(open_link: Opener) -> None:
+    """By the worker that the client is connected to: from here nothing comes but what the server says."""
+    link = await open_link(commit_after=0.02)
     reply = await post(link, request("hold", 1, name="a"))
     assert (reply.status, reply.headers) == (200, SSE)
-    for _ in range(3):
-        assert await anext(reply.chunks) == b": keepalive\n\n"
+    reading = asyncio.ensure_future(body_of(reply))
+    await asyncio.sleep(0.1)
+    assert not reading.done()
     await body_of(await post(link, request("release", 2, name="a")))
-    rest = await body_of(reply)
-    assert rest.replace(b": keepalive\n\n", b"") == event('{"jsonrpc": "2.0", "id": 1, "result": {"released": "a"}}')
+    assert await reading == events('{"jsonrpc": "2.0", "id": 1, "result": {"released": "a"}}')
 
 
 @pytest.mark.parametrize(
@@ -262,12 +260,12 @@ async def test_a_server_may_still_answer_a_cancelled_request(link: StdioLink) ->
     await until(lambda: link.statistics().sent == 1)
     await post(link, notification("notifications/cancelled", requestId=1))
     await call(link, "release", name="a")
-    assert await body_of(await waiting) == event('{"jsonrpc": "2.0", "id": 1, "result": {"released": "a"}}')
+    assert await body_of(await waiting) == events('{"jsonrpc": "2.0", "id": 1, "result": {"released": "a"}}')
 
 
 async def test_a_cancelled_event_stream_ends_with_the_error(open_link: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stdio_link, "CANCEL_GRACE_S", 0.05)
-    link = await open_link(keepalive=0.01)
+    link = await open_link(commit_after=0.01)
     reply = await post(link, request("hold", 1, name="a"))
     await post(link, notification("notifications/cancelled", requestId=1))
     assert b'"code":-32800' in (await body_of(reply)).split(b"data: ")[1]
@@ -276,9 +274,10 @@ async def test_a_cancelled_event_stream_ends_with_the_error(open_link: Opener, m
 @pytest.mark.parametrize("how", ["the wait is cancelled", "closed unread", "closed after a chunk", "cancelled in read"])
 async def test_a_client_that_goes_away_cancels_nothing_and_leaves_nothing(open_link: Opener, how: str) -> None:
     """B3."""
-    link = await open_link(keepalive=15 if how == "the wait is cancelled" else 0.01)
+    link = await open_link()
     tasks_before = tasks()
-    waiting = asyncio.ensure_future(post(link, request("hold", 1, name="a")))
+    lines = [] if how == "the wait is cancelled" else ['{"jsonrpc":"2.0","method":"notifications/a"}']
+    waiting = asyncio.ensure_future(post(link, request("hold", 1, name="a", lines=lines)))
     if how == "the wait is cancelled":
         await until(lambda: link.statistics().sent == 1)
         waiting.cancel()
@@ -319,12 +318,10 @@ async def test_a_silent_request_times_out_and_the_session_stays_usable(open_link
 
 
 async def test_an_event_stream_that_falls_silent_times_out(open_link: Opener) -> None:
-    link = await open_link(call_timeout=0.2, keepalive=0.05)
+    link = await open_link(call_timeout=0.2)
     line = '{"jsonrpc":"2.0","method":"notifications/a"}'
     chunks = (await post(link, request("hold", 1, name="a", lines=[line]))).chunks
-    while (chunk := await anext(chunks)) == KEEPALIVE:  # a slow machine
-        pass
-    assert chunk == event(line)
+    assert await anext(chunks) == events(line)
     started = time.monotonic()
     with pytest.raises(CallTimeout):
         await _exhaust(chunks)
@@ -337,10 +334,10 @@ async def test_progress_postpones_the_timeout(open_link: Opener) -> None:
     line = '{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":"t","progress":1}}'
     started = time.monotonic()
     reply = await post(link, request("hold", 1, name="a", lines=[line], **with_token("t")))
-    assert await anext(reply.chunks) == event(line)
+    assert await anext(reply.chunks) == events(line)
     while time.monotonic() - started < 0.8:
         await call(link, "say", lines=[line])
-        assert await anext(reply.chunks) == event(line)
+        assert await anext(reply.chunks) == events(line)
     await call(link, "release", name="a")
     assert b"released" in await body_of(reply)
 
@@ -413,19 +410,16 @@ async def test_a_call_that_waits_for_a_child_to_read_is_sent_when_it_does(link: 
 
 
 async def test_the_get_stream_carries_what_belongs_to_no_request(open_link: Opener) -> None:
-    link = await open_link(keepalive=0.02)
+    link = await open_link(commit_after=0.02)
     line = '{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}'
     reply = await link.get([])
     assert (reply.status, reply.headers) == (200, SSE)
-    assert await anext(reply.chunks) == b": keepalive\n\n"
     second = await link.get([])
     assert second.status == 409
     assert "error" in json.loads(await body_of(second))
     await call(link, "heard", lines=[])
     await post(link, request("say", 2, mute=True, lines=['{"jsonrpc":"2.0","id":2,"result":1}', line]))
-    while (chunk := await anext(reply.chunks)) == b": keepalive\n\n":
-        pass
-    assert chunk == event(line)
+    assert await anext(reply.chunks) == events(line)
     await reply.chunks.aclose()
     third = await link.get([])
     assert third.status == 200
@@ -437,7 +431,7 @@ async def test_what_nobody_can_receive_yet_waits_for_the_next_stream(link: Stdio
     await body_of(await post(link, request("say", 2, mute=True, lines=lines)))
     await until(lambda: link.statistics().streams.backlog == 1)
     reply = await link.get([])
-    assert await anext(reply.chunks) == event(lines[1])
+    assert await anext(reply.chunks) == events(lines[1])
     assert link.statistics().streams.backlog == 0
     await reply.chunks.aclose()
 
@@ -481,7 +475,7 @@ async def test_delete_ends_session_and_process(link: StdioLink) -> None:
 @pytest.mark.parametrize("end", ["exits", "is killed", "exits and its child keeps the pipe", "closes stdout"])
 async def test_an_upstream_that_dies_in_mid_call_fails_every_caller_at_once(open_link: Opener, end: str) -> None:
     """B9."""
-    link = await open_link(keepalive=0.05)
+    link = await open_link(commit_after=0.05)
     stream = await link.get([])
     streaming = (await post(link, request("hold", "streaming", name="s"))).chunks
     waiting = asyncio.ensure_future(whole(link, request("hold", "waiting", name="w")))
@@ -984,7 +978,7 @@ async def test_everything_that_flows_against_the_stream_passes_the_sdks_server(o
     async def use(tool: str, identifier: int, answer: dict[str, Any] | None = None, **arguments: Any) -> list[Any]:
         body = request("tools/call", identifier, name=tool, arguments=arguments, **with_token(f"token-{identifier}"))
         reply = await post(link, body)
-        assert reply.header(b"content-type") == b"text/event-stream"
+        assert reply.headers == SSE
         seen: list[Any] = []
         async for chunk in reply.chunks:
             seen.append(json.loads(chunk.removeprefix(b"event: message\ndata: ")))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import orjson
 import typer
@@ -25,12 +25,20 @@ from .settings import Settings, SettingsError, load_settings
 
 T = TypeVar("T")
 
+MACHINE_WIDTH: Final = 1000
+"""Where no terminal says how wide it is, lines are whole: they are for grep."""
+
+
+class ListingError(Exception):
+    """Raised when there is no list because Redis does not answer; the message is for the operator."""
+
+
 app = typer.Typer(
     name="leasehold",
-    help="A distributed MCP session pool: any worker answers any request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take "[default: ...]" for markup
 )
 workers_app = typer.Typer(help="Workers of the fleet.", no_args_is_help=True)
 sessions_app = typer.Typer(help="Sessions of the fleet.", no_args_is_help=True)
@@ -50,15 +58,19 @@ RedisUrl = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.callback(invoke_without_command=True)
-def root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(f"leasehold {__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """A distributed MCP session pool: any worker answers any request."""
 
 
 @app.command()
@@ -188,7 +200,7 @@ def main() -> int:
         app()  # exits by itself, with typer's own message for a wrong flag
     except (ConfigError, SettingsError) as error:
         return _fail(str(error), 2)
-    except (ServeError, EmbeddedRedisError) as error:
+    except (ServeError, EmbeddedRedisError, ListingError) as error:
         return _fail(str(error), 1)
     return 0
 
@@ -211,7 +223,7 @@ def _read(reading: Coroutine[Any, Any, T], settings: Settings) -> T:
         return asyncio.run(reading)
     except CoordinatorError as error:
         place = RedisClients(_redis_url(settings)).place
-        raise SettingsError(f"Redis at {place} does not answer: {type(error).__name__}") from None
+        raise ListingError(f"Redis at {place} does not answer: {error}") from None
 
 
 def _print_json(value: Any) -> None:
@@ -219,10 +231,16 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(*columns, box=None, pad_edge=False, highlight=False)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console().print(table, markup=False, highlight=False) if rows else print("none")
+    if not rows:
+        print("none")
+        return
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = MACHINE_WIDTH
+    console.print(table)
 
 
 def _fail(message: str, code: int) -> int:

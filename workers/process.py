@@ -1,4 +1,9 @@
-"""One worker process of `leasehold serve`: uvicorn around a Worker, from the fork to the last connection."""
+"""One worker process of `leasehold serve`: uvicorn around a Worker, from the fork to the last connection.
+
+It stops in one of two ways. When the lifeline closes, everything stops, or the supervisor is dead. At SIGTERM it stops
+alone, and its siblings go on with its sessions. One deadline, the grace time from then on, is for its own connections
+and for what it runs for others; closing its sessions comes after it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,6 +31,8 @@ if sys.platform != "win32":
 
 logger = logging.getLogger("leasehold.workers.process")
 
+SECOND_LOOK_S: Final = 0.2
+"""Some service managers send SIGTERM to all processes at once: how long the lifeline has then to close, too."""
 KEEP_ALIVE_S: Final = 75
 """How long an idle client connection is kept: longer than the 60 s of common load balancers."""
 
@@ -54,18 +62,22 @@ class _Server(uvicorn.Server):
 
 def run_worker(plan: WorkerPlan, listener: socket.socket, *, lifeline: int, announce: int) -> None:
     """Serve until SIGTERM, or until `lifeline` (a pipe from the supervisor) closes; each incarnation is written to
-    `announce`."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the supervisor passes on what it means
+    `announce`, a pipe that does not block."""
     uvloop.run(_serve(plan, listener, lifeline, announce))
 
 
 async def _serve(plan: WorkerPlan, listener: socket.socket, lifeline: int, announce: int) -> None:
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
+    stopping, all_stop = asyncio.Event(), asyncio.Event()
+
+    def lifeline_closed() -> None:
+        loop.remove_reader(lifeline)
+        all_stop.set()
+        stopping.set()
+
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
-    loop.add_reader(lifeline, stopping.set)
+    loop.add_reader(lifeline, lifeline_closed)
+    grace_s = plan.settings.shutdown_grace_s
     worker = Worker(
         plan.settings,
         plan.config,
@@ -86,7 +98,7 @@ async def _serve(plan: WorkerPlan, listener: socket.socket, lifeline: int, annou
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, int(plan.settings.shutdown_grace_s)),
+            timeout_graceful_shutdown=max(1, math.ceil(grace_s)),
             backlog=2048,
         )
     )
@@ -98,13 +110,24 @@ async def _serve(plan: WorkerPlan, listener: socket.socket, lifeline: int, annou
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
-        loop.remove_reader(lifeline)
+        stop.cancel()
+        stop_by = loop.time() + grace_s
+        worker.ephemeral = plan.ephemeral and await _closes_soon(all_stop)
         worker.drain()
         server.should_exit = True
-        stop.cancel()
         await serving
+        worker.grace_s = max(0.0, stop_by - loop.time())
+
+
+async def _closes_soon(closed: asyncio.Event) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SECOND_LOOK_S):
+            await closed.wait()
+    return closed.is_set()
 
 
 def _announce(pipe: int, incarnation: str) -> None:
-    with contextlib.suppress(OSError):
+    try:
         os.write(pipe, incarnation.encode() + b"\n")
+    except OSError as error:  # full: the supervisor hangs; then it cannot end this lease early, and it lapses
+        logger.warning("not_announced incarnation=%s error=%s", incarnation[:8], error.strerror)

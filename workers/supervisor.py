@@ -112,8 +112,9 @@ class _Signals:
         os.close(self._writing)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Ctrl-C reaches the whole group; the supervisor passes on what it means.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C reaches the whole group; the supervisor passes on what it means. Not SIG_IGN, which programs that the
+        # worker starts would inherit.
+        signal.signal(signal.SIGINT, _ignored)
 
 
 class Supervisor:
@@ -130,6 +131,9 @@ class Supervisor:
         self._redis_died = False
         self._redis_restarts: list[float] = []
         self._secrets: list[bytes] = []
+        self._lifeline = -1
+        self._hold: int | None = None
+        """Our end of the lifeline; None before everything is started, and from when everything is to stop."""
         self._code = 0
 
     def run(self) -> int:
@@ -189,13 +193,14 @@ class Supervisor:
     # -- while it serves -------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        self._lifeline, hold = os.pipe()
-        self._hold: int | None = hold
+        if self._asked_to_stop(self._wait(0)):
+            return
+        self._lifeline, self._hold = os.pipe()
         try:
             self._restart_at = dict.fromkeys(range(self._settings.workers), 0.0)
             self._fork_due()
             self._greet()
-            while not self._asked_to_stop(self._wait(TICK_S)):
+            while not self._asked_to_stop(self._wait(self._until_due())):
                 self._reap()
                 if self._redis_died and not self._restart_redis():
                     self._code = 1
@@ -219,16 +224,33 @@ class Supervisor:
             logger.info("stopping signal=%s", asked[0].name)
         return bool(asked)
 
+    def _until_due(self) -> float:
+        return max(0.0, min([TICK_S, *(due - time.monotonic() for due in self._restart_at.values())]))
+
     def _fork_due(self) -> None:
         now = time.monotonic()
         for index in [index for index, due in self._restart_at.items() if due <= now]:
-            del self._restart_at[index]
-            self._fork(index)
+            try:
+                self._fork(index)
+            except OSError as error:  # no memory, processes or files left: the others go on
+                logger.error("worker_not_started index=%d error=%s", index, error.strerror)  # noqa: TRY400
+                self._restart_at[index] = now + RESTART_BACKOFF_S[1]
+            else:
+                del self._restart_at[index]
 
     def _fork(self, index: int) -> None:
-        announced, announce = os.pipe()
-        for end in (announced, announce):
-            os.set_blocking(end, False)
+        with ExitStack() as on_failure:
+            announced, announce = os.pipe()
+            for end in (announced, announce):
+                on_failure.callback(os.close, end)
+                os.set_blocking(end, False)
+            pid = self._fork_worker(index, announced, announce)
+            on_failure.pop_all()
+        os.close(announce)
+        child = self._children[pid] = _Child(index, pid, announced)
+        self._selector.register(announced, selectors.EVENT_READ, child)
+
+    def _fork_worker(self, index: int, announced: int, announce: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         # A signal that came to the child before it has left the pipe would be taken for one to its parent.
@@ -237,11 +259,9 @@ class Supervisor:
             pid = os.fork()
             if pid == 0:
                 self._be_worker(index, announced, announce)
+            return pid
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.close(announce)
-        child = self._children[pid] = _Child(index, pid, announced)
-        self._selector.register(announced, selectors.EVENT_READ, child)
 
     def _be_worker(self, index: int, announced: int, announce: int) -> None:
         """Never returns: nothing of the supervisor's stack (its Redis, its directories) may be unwound in a child."""
@@ -282,7 +302,7 @@ class Supervisor:
             with suppress(KeyError):
                 self._selector.unregister(child.announced)
             os.close(child.announced)
-            forget_process(child.pid)
+            forget_process(child.pid, counted=bool(child.incarnation))
             self._tell_death(child, code)
         # One that ended by itself has released its lease.
         self._end_leases(child.incarnation for child, code in deaths if code != 0 and child.incarnation)
@@ -393,6 +413,14 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
+def _policy(client: redis.Redis) -> str:
+    """What it does when memory is short; where CONFIG is not for us (hosted servers), the best."""
+    try:
+        return client.config_get("maxmemory-policy")["maxmemory-policy"]  # pyright: ignore
+    except (redis.ResponseError, KeyError):
+        return "noeviction"
+
+
 def _sync_client(url: str, timeout_s: float) -> redis.Redis:
     return redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
         url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
@@ -405,7 +433,7 @@ def check_redis(url: str) -> None:
     try:
         with _sync_client(url, 2.0) as client:
             version = str(client.info("server")["redis_version"])  # pyright: ignore
-            policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")  # pyright: ignore
+            policy = _policy(client)
     except (redis.RedisError, OSError) as error:
         logger.error("redis_unreachable place=%s error=%s: serving 503 until it answers", place, type(error).__name__)  # noqa: TRY400
         return

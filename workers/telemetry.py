@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import (
+    MultiProcessCollector,
+    mark_process_dead,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from .guard import Guard
 
@@ -113,3 +118,19 @@ class Telemetry:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST.encode()
+
+
+def forget_process(pid: int, *, counted: bool) -> None:
+    """Called for a worker of this group that has died: what it held counts no more, what it did still does.
+
+    Not `counted`: it ended before it did anything, and its files go altogether. One that dies at every start would
+    leave thousands.
+    """
+    folder = os.environ.get(MULTIPROCESS_DIR)
+    if not folder:
+        return
+    mark_process_dead(pid, folder)
+    if not counted:
+        for file in Path(folder).glob(f"*_{pid}.db"):
+            with suppress(FileNotFoundError):
+                file.unlink()
