@@ -274,7 +274,6 @@ async def test_an_abandoned_session_lives_on_upstream() -> None:
     assert owned.session.keeps_record
     await owned.gone()
     assert owned.link.deleted == []
-    assert not owned.session.resume is not None
 
 
 async def test_the_first_reason_to_close_stands() -> None:
