@@ -25,7 +25,7 @@ class _Server(uvicorn.Server):
 
 def serve(app: Any, port: int, *, http: Literal["auto", "h11"] = "auto") -> None:
     """Serve an ASGI application on 127.0.0.1 until SIGTERM; port 0 takes a free one."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # or asyncio sets no TCP_NODELAY
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     config = uvicorn.Config(

@@ -31,13 +31,15 @@ HERE = Path(__file__).resolve().parent
 WORKERS = 4
 CALLS = 12
 START_LIMIT_S = 30
+# The gateway shown here has a Redis of its own, whatever is set for another one.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("LEASEHOLD_") and k != "REDIS_URL"}
 
 
 @contextmanager
 def started(command: list[str], pattern: str, log: Path, **env: str) -> Iterator[str]:
     """Run a command until the end of the block; yields what `pattern` finds in its output."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **env})
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**ENVIRONMENT, **env})
     try:
         until = time.monotonic() + START_LIMIT_S
         while not (found := re.search(pattern, log.read_text())):
@@ -46,7 +48,7 @@ def started(command: list[str], pattern: str, log: Path, **env: str) -> Iterator
             time.sleep(0.05)
         yield found.group(1)
     finally:
-        process.terminate()  # a second Ctrl-C gets to it, too
+        process.terminate()
         process.wait()
 
 

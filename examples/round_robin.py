@@ -171,6 +171,9 @@ class RoundRobin:
             pass  # the answer had begun: all that is left is to close
         except (ConnectionError, asyncio.CancelledError):
             pass
+        except RuntimeError:
+            if not client_gone.is_set():  # what uvloop raises for a write to a connection that has closed
+                raise
         finally:
             self._clients.discard(task)
             writer.close()

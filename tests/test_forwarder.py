@@ -42,12 +42,20 @@ class Node:
     keyring: Keyring
     app: App = echo
     refusal: tuple[str, Registration | None] | None = None
+    mailbox_limit: int = 1000
+    """Of the mailboxes it pushes to."""
     executed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ready = asyncio.Event()
         self.member = Member(
-            RedisClients(self.redis_url), KEYS, self.keyring, self, lease_ttl_ms=LEASE_MS, info={}, mailbox_limit=1000
+            RedisClients(self.redis_url),
+            KEYS,
+            self.keyring,
+            self,
+            lease_ttl_ms=LEASE_MS,
+            info={},
+            mailbox_limit=self.mailbox_limit,
         )
         self.forwarder = Forwarder(self.member, self, self._run)
 
@@ -271,6 +279,17 @@ async def test_a_dead_worker_is_refused_in_one_round_trip(pair: tuple[Node, Node
             Registration("ab" * 16, 1), SESSION, scope(), b"", Client().receive, Client().send
         )
     assert refused.value.reason == "owner_down"
+
+
+async def test_a_full_mailbox_refuses_a_request_as_not_run(redis_url: str) -> None:
+    """B44"""
+    keyring = Keyring.random()
+    async with running(Node(redis_url, keyring, mailbox_limit=0)) as caller, running(Node(redis_url, keyring)) as owner:
+        with pytest.raises(NotRun) as refused:
+            await forward(caller, owner)
+        assert refused.value.reason == "busy"
+        assert caller.member.outbox.statistics().refused["busy"] == 1
+        assert owner.executed == []
 
 
 async def test_a_request_that_a_dead_owner_had_not_read_did_not_run_and_one_it_had_read_is_unknown(

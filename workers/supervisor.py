@@ -410,7 +410,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        why = (error.strerror or str(error)).partition(" (while")[0]  # it repeats the address
+        raise ServeError(f"cannot listen on {host}:{port}: {why}") from None
 
 
 def _policy(client: redis.Redis) -> str:

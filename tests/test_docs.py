@@ -1,0 +1,133 @@
+"""The pages say what is: defaults, metrics, events, files, tests and links that they name are the real ones."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from leasehold.pool import StdioTarget, Upstream
+from leasehold.workers.settings import PREFIX, Settings
+from leasehold.workers.telemetry import Telemetry
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+CODE_FOLDERS = ("pool", "coordinator", "workers")
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all table rows."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+
+
+def written(default: Any) -> str:
+    """A default as it stands in a table."""
+    if default is None or default in ((), ""):
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, frozenset):
+        return str(sorted(default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def documented(names: str, defaults: str) -> list[tuple[str, str]]:
+    """`A`, `B` | `1`, `2` as pairs; words after "none:" and in brackets explain."""
+    found = re.findall(r"`([A-Za-z_]+)`", re.sub(r"\(.*?\)", "", names))
+    values = [value.strip("`").partition(":")[0] for value in defaults.split(", ")] if len(found) > 1 else [defaults]
+    values = [value.strip("`") for value in values]
+    return list(zip(found, ["none" if value.startswith("none") else value for value in values], strict=True))
+
+
+def test_b53_the_defaults_of_settings_are_those_of_the_page() -> None:
+    said = {
+        name: value
+        for cells in rows(CONFIGURATION)
+        if cells[0].startswith(f"`{PREFIX}")
+        for name, value in documented(cells[0], cells[1])
+    }
+    real = {PREFIX + name.upper(): written(field.default) for name, field in Settings.model_fields.items()}
+    real[PREFIX + "CONFIG"] = "mcp.json"  # where `leasehold serve` looks
+    assert said == real
+
+
+def test_b53_the_defaults_of_servers_are_those_of_the_page() -> None:
+    _, _, options = CONFIGURATION.partition("Under `leasehold`, per server:")
+    table = rows(options.partition("## The process")[0])[2:]
+    said = {name: value for cells in table for name, value in documented(cells[0], cells[1])}
+    upstream = Upstream("a", StdioTarget("true"))
+    real = {
+        field.name.removesuffix("_s"): written(getattr(upstream, field.name))
+        for field in dataclasses.fields(Upstream)
+        if field.name not in ("name", "target")
+    }
+    assert said == real
+
+
+def test_b53_the_default_configuration_file_is_that_of_the_page() -> None:
+    assert '"mcp.json"' in (ROOT / "workers" / "cli.py").read_text()
+
+
+@each_page
+def test_every_metric_of_a_page_exists(page: Path) -> None:
+    exposed = set(re.findall(r"^# HELP (\S+)", Telemetry().exposition()[0].decode(), re.MULTILINE))
+    named = set(re.findall(r"`(leasehold_[a-z_]+)(?:\{[^}`]*\})?`", page.read_text()))
+    assert named <= exposed
+
+
+def test_every_event_that_the_failure_modes_name_is_logged() -> None:
+    source = "".join(path.read_text() for name in CODE_FOLDERS for path in (ROOT / name).glob("*.py"))
+    page = (ROOT / "docs" / "failure-modes.md").read_text()
+    lists = re.findall(r"\blog ((?:`[a-z_]+`(?:, )?)+)", page)
+    named = {event for names in lists for event in re.findall(r"\w+", names)}
+    assert named
+    assert {event for event in named if not re.search(rf'"{event}[ "]', source)} == set()
+
+
+@each_page
+def test_every_relative_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), target
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if anchor else []
+            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert not anchor or anchor in anchors, target
+
+
+@each_page
+def test_every_file_and_test_of_a_page_exists(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|lua))`", text):
+        places = [ROOT / folder / name for folder in ("", "tests", *CODE_FOLDERS)]
+        assert any(place.is_file() for place in places), name
+    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", text):
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert test in functions, f"{file}::{test}"
+
+
+def test_every_failure_mode_has_a_test() -> None:
+    table = [cells for cells in rows((ROOT / "docs" / "failure-modes.md").read_text()) if len(cells) == 5]
+    modes = [cells for cells in table if cells[0] != "what happens" and not cells[0].startswith("---")]
+    assert len(modes) > 20
+    assert [cells[0] for cells in modes if "::test_" not in cells[4]] == []
+
+
+@each_page
+def test_every_setting_of_a_page_exists(page: Path) -> None:
+    named = set(re.findall(rf"\b{PREFIX}[A-Z_]+", page.read_text()))
+    assert named <= {PREFIX + name.upper() for name in Settings.model_fields} | {PREFIX}
+
+
+def test_no_module_imports_an_sdk_as_the_architecture_says() -> None:
+    imports = re.compile(r"^\s*(?:from|import) mcp\b", re.MULTILINE)
+    found = [path for name in CODE_FOLDERS for path in (ROOT / name).glob("*.py") if imports.search(path.read_text())]
+    assert not found, "tell it in docs/architecture.md"
