@@ -116,6 +116,10 @@ class Sessions:
         self._unreleased.pop(key, None)
         if not claimed.won or claimed.registration is None:
             raise Unavailable("claim: the session is registered by another worker")
+        if self._owned.get(key) is not owned:  # its link died meanwhile
+            self._unreleased[key] = claimed.registration
+            self.due.set()
+            raise Unavailable("claim: the session ended while it was registered")
         self._note(owned, claimed.registration)
 
     def doubt(self, key: str) -> None:
