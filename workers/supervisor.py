@@ -27,20 +27,20 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Final
 
 import redis
 
-from ..coordinator import Keys, RedisClients, end_lease
+from ..coordinator import Keys, end_lease
 from ..coordinator.embedded import EmbeddedRedis, EmbeddedRedisError
 from ..pool import Config
 from .errors import ServeError
+from .redis_check import check_redis, sync_client
 from .settings import Settings
+from .signal_pipe import SIGNALS, SignalPipe
 
 logger = logging.getLogger("leasehold.workers.supervisor")
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 RESTART_BACKOFF_S: Final = (0.1, 5.0)
 STABLE_S: Final = 10.0
 """A worker that lived this long is restarted at once."""
@@ -78,45 +78,6 @@ class _Child:
         return True
 
 
-class _Signals:
-    """Signals as bytes on a pipe, so that one `select` waits for them and for everything else."""
-
-    def __init__(self) -> None:
-        self.reading, self._writing = os.pipe()
-        for end in (self.reading, self._writing):
-            os.set_blocking(end, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing)
-        self._before = {number: signal.signal(number, _ignored) for number in SIGNALS}
-
-    def __enter__(self) -> _Signals:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self.reading)
-        os.close(self._writing)
-
-    def take(self) -> list[signal.Signals]:
-        """Those that came since the last time."""
-        try:
-            return [signal.Signals(number) for number in os.read(self.reading, 65536)]
-        except BlockingIOError:
-            return []
-
-    def leave(self) -> None:
-        """In a fork, before its signals are unblocked: it must not write to the pipe it shares with its parent."""
-        signal.set_wakeup_fd(-1)
-        os.close(self.reading)
-        os.close(self._writing)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Ctrl-C reaches the whole group; the supervisor passes on what it means. Not SIG_IGN, which programs that the
-        # worker starts would inherit.
-        signal.signal(signal.SIGINT, _ignored)
-
-
 class Supervisor:
     """Runs in the main thread of its process; `run()` returns the exit code."""
 
@@ -141,7 +102,7 @@ class Supervisor:
         Raises `ServeError`."""
         with ExitStack() as resources:
             # First: whoever stops us while we start has waited for no more than the start, and nothing is left behind.
-            self._signals = resources.enter_context(_Signals())
+            self._signals = resources.enter_context(SignalPipe())
             self._selector = resources.enter_context(selectors.PollSelector())  # has no state that forks would share
             self._selector.register(self._signals.reading, selectors.EVENT_READ)
             self._listener = resources.enter_context(_listen(self._settings.host, self._settings.port))
@@ -334,7 +295,7 @@ class Supervisor:
         if not wanted or self._redis_died:
             return
         try:
-            with _sync_client(self._redis_url, NOTICE_TIMEOUT_S) as client:
+            with sync_client(self._redis_url, NOTICE_TIMEOUT_S) as client:
                 for incarnation in wanted:
                     for command in end_lease(Keys(self._settings.namespace), incarnation):
                         client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
@@ -398,10 +359,6 @@ class Supervisor:
         self._bury(deaths)
 
 
-def _ignored(_number: int, _frame: FrameType | None) -> None:
-    """A handler, because one is needed for the byte on the pipe."""
-
-
 def _listen(host: str, port: int) -> socket.socket:
     """One socket for all workers: with SO_REUSEPORT, a worker that closes its own would drop the connections queued on
     it."""
@@ -412,33 +369,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (while")[0]  # it repeats the address
         raise ServeError(f"cannot listen on {host}:{port}: {why}") from None
-
-
-def _policy(client: redis.Redis) -> str:
-    """What it does when memory is short; where CONFIG is not for us (hosted servers), the best."""
-    try:
-        return client.config_get("maxmemory-policy")["maxmemory-policy"]  # pyright: ignore
-    except (redis.ResponseError, KeyError):
-        return "noeviction"
-
-
-def _sync_client(url: str, timeout_s: float) -> redis.Redis:
-    return redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
-        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
-    )
-
-
-def check_redis(url: str) -> None:
-    """Look at the Redis that was given, and warn about what will hurt. Serving begins without it, unready."""
-    place = RedisClients(url).place
-    try:
-        with _sync_client(url, 2.0) as client:
-            version = str(client.info("server")["redis_version"])  # pyright: ignore
-            policy = _policy(client)
-    except (redis.RedisError, OSError) as error:
-        logger.error("redis_unreachable place=%s error=%s: serving 503 until it answers", place, type(error).__name__)  # noqa: TRY400
-        return
-    if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
-        raise ServeError(f"Redis at {place} is {version}; expected 6.2 or newer")
-    if policy != "noeviction":
-        logger.warning("maxmemory_policy value=%s expected=noeviction: an evicted lease is a false death", policy)
