@@ -2,7 +2,7 @@
 
 from .client import RedisClients
 from .directory import Claimed, Directory, Registration, SessionRecord
-from .errors import CoordinatorError, LeaseLost, SealError, Unavailable
+from .errors import CoordinatorError, SealError, Unavailable
 from .keys import Keys, session_key
 from .member import Member
 from .outbox import Outbox, Refusal, Ticket
@@ -16,7 +16,6 @@ __all__ = [
     "Fate",
     "Keyring",
     "Keys",
-    "LeaseLost",
     "Listener",
     "Member",
     "Outbox",

@@ -14,10 +14,6 @@ class Unavailable(CoordinatorError):
     """
 
 
-class LeaseLost(CoordinatorError):
-    """Raised when this worker's lease has ended: it may write nothing until it has a new incarnation."""
-
-
 class SealError(CoordinatorError):
     """Raised when sealed bytes were not made by this fleet, or not for this purpose. Carries no detail on purpose."""
 

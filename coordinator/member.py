@@ -51,7 +51,7 @@ from .frames import FROM_OWNER, Frame, FrameType, encode
 from .inbox import Inbox
 from .keys import Keys
 from .outbox import BACKOFF_S, MAILBOX_TTL_MS, Outbox
-from .peers import Fate, Listener, PeerInfo, end_lease, list_peers
+from .peers import Fate, Listener, end_lease
 from .sealing import Keyring
 
 logger = logging.getLogger("leasehold.coordinator.member")
@@ -251,10 +251,6 @@ class Member:
         """Close all connections, after `run()` has returned."""
         for client in (self._reader, self._writer, self._lookups):
             await client.aclose()
-
-    async def peers(self) -> list[PeerInfo]:
-        """All workers with a lease, by incarnation; for listings. Raises `Unavailable`."""
-        return await list_peers(self._lookups, self._keys)
 
     # -- the reader ------------------------------------------------------------------------------------------------
 

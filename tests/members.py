@@ -10,8 +10,8 @@ from typing import Any
 from faults import eventually
 from leasehold.coordinator import Keyring, Keys, Member, RedisClients, Refusal, Unavailable
 from leasehold.coordinator.channel import Receipt
+from leasehold.coordinator.client import Line
 from leasehold.coordinator.frames import FROM_OWNER, Frame, FrameType, encode
-from redis.asyncio import Redis
 
 KEYS = Keys("test")
 RING = Keyring([b"a secret of the tests" * 2])
@@ -40,10 +40,10 @@ class Routed(RedisClients):
         self._reader = RedisClients(reader or url)
         self._writer = RedisClients(writer or url)
 
-    def blocking(self) -> Redis:
+    def blocking(self) -> Line:
         return self._reader.blocking()
 
-    def writer(self) -> Redis:
+    def writer(self) -> Line:
         return self._writer.writer()
 
 

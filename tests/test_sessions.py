@@ -237,3 +237,30 @@ async def test_b12_requests_for_one_unknown_owner_share_one_look_up(
         assert sorted(counts) == list(range(1, 21))
         after = (await admin.info("commandstats"))["cmdstat_hgetall"]["calls"]
         assert after - before == 1
+
+
+async def test_a_missing_record_is_no_404_while_look_ups_reach_another_redis_than_the_lease_is_on(
+    redis_url: str, stub: Upstream, admin: Redis
+) -> None:
+    """After a failover the two may part for a while: an empty node proves nothing."""
+
+    class Parted(RedisClients):
+        def lookups(self) -> Redis:
+            return RedisClients(empty.url).lookups()
+
+    with EmbeddedRedis() as empty:
+        async with worker(redis_url, {"counter": {"url": stub.url}}) as one:
+            client = Client(one)
+            await client.initialize()
+            owned = one.sessions.get(client.key)
+            assert owned is not None
+            one.sessions.end(owned, "client")
+            await eventually(one.member.absence_counts)
+            assert await one.member.sees_known_node()
+            assert (await client.send("POST", "ping"))[0] == 404
+
+        async with worker(redis_url, {"counter": {"url": stub.url}}, clients=Parted) as one:
+            await eventually(one.member.absence_counts)
+            assert not await one.member.sees_known_node()
+            client.worker = one
+            assert (await client.send("POST", "ping"))[0] == 503

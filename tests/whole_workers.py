@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
-from leasehold.coordinator import session_key
+from leasehold.coordinator import RedisClients, session_key
 from leasehold.pool import parse_config
 from leasehold.workers.settings import load_settings
 from leasehold.workers.worker import Worker
@@ -70,11 +70,15 @@ async def upstream() -> AsyncGenerator[Upstream]:
 
 
 @asynccontextmanager
-async def worker(redis_url: str, servers: dict[str, Any], **environ: str) -> AsyncGenerator[Worker]:
+async def worker(
+    redis_url: str, servers: dict[str, Any], *, clients: type[RedisClients] = RedisClients, **environ: str
+) -> AsyncGenerator[Worker]:
     """A running worker with a short lease; stopped at the end of the block."""
     environ = {"LEASEHOLD_LEASE_TTL_MS": str(LEASE_MS), "LEASEHOLD_SHUTDOWN_GRACE_S": "1", **environ}
     config = parse_config(orjson.dumps({"mcpServers": servers}).decode(), "test", {})
-    made = Worker(load_settings(environ), config, redis_url=redis_url, secrets=[SECRET], ephemeral=False)
+    made = Worker(
+        load_settings(environ), config, redis_url=redis_url, secrets=[SECRET], ephemeral=False, clients=clients
+    )
     async with made.running():
         yield made
 

@@ -45,14 +45,15 @@ class Worker:
         secrets: list[bytes],
         ephemeral: bool,
         index: int = 0,
+        clients: type[RedisClients] = RedisClients,
     ) -> None:
         """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
-        them."""
+        them. `clients` makes the connections to Redis."""
         self.settings = settings
         self.ephemeral = ephemeral
         self.grace_s = settings.shutdown_grace_s
-        clients = RedisClients(redis_url)
-        self._redis_place = clients.place
+        redis = clients(redis_url)
+        self._redis_place = redis.place
         keyring = Keyring(secrets)
         keys = Keys(settings.namespace)
         info = {
@@ -66,7 +67,7 @@ class Worker:
         self.telemetry.observe = self._observe
         self.keeper = StreamKeeper()
         self.pool = SessionPool()
-        self.member = Member(clients, keys, keyring, self, lease_ttl_ms=settings.lease_ttl_ms, info=info)
+        self.member = Member(redis, keys, keyring, self, lease_ttl_ms=settings.lease_ttl_ms, info=info)
         self.sessions = Sessions(self.member, self.pool, keyring, config.servers)
         loopback = settings.host in ("localhost", "127.0.0.1", "::1") or settings.host in LOOPBACK
         entry = Door(
