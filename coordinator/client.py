@@ -154,7 +154,19 @@ async def execute_all(
 
 def run_id(info: bytes) -> str:
     """The node's name for this run of its, out of the answer to INFO."""
-    return info.partition(b"run_id:")[2].partition(b"\r\n")[0].decode()
+    return _field(info, b"run_id")
+
+
+def settled_for(server: bytes, replication: bytes) -> float:
+    """Seconds for which a node has certainly been what it is, out of INFO's two sections: 0 for a replica, and for one
+    that was promoted (it does not say when)."""
+    if _field(replication, b"role") != "master" or _field(replication, b"second_repl_offset") != "-1":
+        return 0.0
+    return max(0.0, float(_field(server, b"uptime_in_seconds") or 0) - 1)  # whole seconds, and rounded
+
+
+def _field(info: bytes, name: bytes) -> str:
+    return (b"\r\n" + info).partition(b"\r\n" + name + b":")[2].partition(b"\r\n")[0].decode()
 
 
 async def scan_hashes(client: Redis, pattern: str) -> AsyncGenerator[list[tuple[str, dict[bytes, bytes], int]], None]:

@@ -7,6 +7,7 @@ ids are bearer secrets and may hold any character: only their SHA-256 is written
     <namespace>:{w:<incarnation>}:ended        string the worker's end is known, not only its lease missing; PX
     <namespace>:{w:<incarnation>}:box:<gen>    list   sealed envelopes for that worker; PX = BOX_TTL_MS
     <namespace>:{s:<sha256 of session id>}     hash   owner, epoch, upstream, principal, created_ms, resume; PX
+    <namespace>:circuits                       hash   upstream -> its circuit, of those in trouble; PX
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Keys:
 
     def session(self, key: str) -> str:
         return f"{self.namespace}:{{s:{key}}}"
+
+    @property
+    def circuits(self) -> str:
+        return f"{self.namespace}:circuits"
 
     @property
     def leases(self) -> str:

@@ -42,6 +42,7 @@ from .client import (
     execute_all,
     overdue,
     run_id,
+    settled_for,
     translated,
 )
 from .clock import RedisClock, monotonic
@@ -262,7 +263,9 @@ class Member:
             [self._keys.lease(incarnation)], [self._lease_ttl_ms, 1, orjson.dumps(self._info)]
         )
         async with overdue(COMMAND_TIMEOUT_S):
-            (acquired, time_ms), server = await execute_all(self._reader, [acquire, ("INFO", "server")])
+            (acquired, time_ms), server, replication = await execute_all(
+                self._reader, [acquire, ("INFO", "server"), ("INFO", "replication")]
+            )
         if not acquired:
             return False
         self.incarnation, self._generation = incarnation, 1
@@ -272,6 +275,8 @@ class Member:
         self._outbox.on_owner_down = self._push_found_down
         self._inbox = Inbox(self._keyring, incarnation, self._deliver)
         self._renewed(before, time_ms, run_id(server))
+        if self.incarnations == 1:
+            self.clock.known_since -= settled_for(server, replication)
         logger.info("lease_acquired incarnation=%s ttl_ms=%d", incarnation[:8], self._lease_ttl_ms)
         return True
 
