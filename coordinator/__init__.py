@@ -3,6 +3,7 @@
 from .client import RedisClients
 from .directory import Claimed, Directory, Registration, SessionRecord
 from .errors import CoordinatorError, SealError, Unavailable
+from .health import Circuit, UpstreamHealth
 from .keys import Keys, session_key
 from .member import Member
 from .outbox import Outbox, Refusal, Ticket
@@ -10,6 +11,7 @@ from .peers import Fate, Listener, PeerInfo, end_lease, list_peers
 from .sealing import Keyring
 
 __all__ = [
+    "Circuit",
     "Claimed",
     "CoordinatorError",
     "Directory",
@@ -27,6 +29,7 @@ __all__ = [
     "SessionRecord",
     "Ticket",
     "Unavailable",
+    "UpstreamHealth",
     "end_lease",
     "list_peers",
     "session_key",

@@ -229,10 +229,17 @@ def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
                 raise NotConnected(f"{type(error).__name__}: {error}") from error
 
         async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+            task = asyncio.current_task()
+            asked = task.cancelling() if task else 0
             try:
                 await super().send_packed_command(command, check_health)
             except RuntimeError as error:
                 # What uvloop raises for a write to a connection that has just closed.
                 raise NotConnected(str(error)) from error
+            if task and task.cancelling() > asked:
+                # redis-py sends by `asyncio.wait_for`, and that of Python 3.11 loses a cancellation that comes just as
+                # it ends: whoever waits for the end of the task would wait for ever.
+                await self.disconnect(nowait=True)
+                raise asyncio.CancelledError
 
     return TellingConnection

@@ -87,7 +87,7 @@ class UpstreamHealth:
         self._keys = keys
 
     async def exchange(self, worker: str, reports: Iterable[Report]) -> list[Circuit]:
-        """Tell what `worker` (its incarnation) has to say, in order; returns the circuits of all upstreams in trouble."""
+        """Tell what `worker` (its incarnation) has to say, in order; returns all circuits of upstreams in trouble."""
         if not worker:
             raise Unavailable("circuits: not joined yet")
         return await self._run(worker, [argument for report in reports for argument in _arguments(report)])
@@ -110,7 +110,7 @@ def _arguments(report: Report) -> tuple[Argument, Argument, Argument, Argument]:
     if report.kind == "opened":
         return report.kind, upstream, _ms(report.open_s), report.openings
     if report.kind == "probe":
-        return report.kind, upstream, _ms(report.age_s), 0
+        return report.kind, upstream, _ms(report.age_s), report.openings
     return report.kind, upstream, report.failures, 0
 
 

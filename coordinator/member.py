@@ -49,6 +49,7 @@ from .clock import RedisClock, monotonic
 from .directory import Directory
 from .errors import SealError, Unavailable
 from .frames import FROM_OWNER, Frame, FrameType, encode
+from .health import UpstreamHealth
 from .inbox import Inbox
 from .keys import Keys
 from .outbox import BACKOFF_S, MAILBOX_TTL_MS, Outbox
@@ -94,6 +95,7 @@ class Member:
         self._writer: Line = clients.writer()
         self._lookups: Redis = clients.lookups()
         self.directory = Directory(self._lookups, keys)
+        self.health = UpstreamHealth(self._lookups, keys)
         self.clock = RedisClock()
         self.incarnation = ""
         self.reachable = False

@@ -14,7 +14,7 @@
 -- ARGV[8]   most upstreams to remember; the others are left to the workers themselves
 -- ARGV[9+]  kind, upstream, number, number, ...:
 --             opened (for ms, openings) | closed | failed (failures) | succeeded |
---             probe (ms since it opened for the reporter): give me leave, or more time
+--             probe (ms since it opened for the reporter, openings): give me leave, or more time
 -- Result    {{upstream, state, ms since then, ms until a probe is due, openings, ms of a probe's leave, 1 if it is
 --           the reporter's, failures}, ...}
 local time = redis.call('TIME')
@@ -91,10 +91,10 @@ function handlers.succeeded(name, c)
   end
 end
 
-function handlers.probe(name, c, age)
+function handlers.probe(name, c, age, openings)
   -- What opened before the closing is closed now, and the reporter is about to hear it.
   if not c or c.state == 'failing' or (c.state == 'closed' and now - c.at >= age) then
-    c = made('open', 0, 1)
+    c = made('open', 0, openings)
   end
   if c.state == 'open' and c.due <= now and (c.prober == reporter or c.lapse <= now) then
     c.prober, c.lapse = reporter, now + leave
