@@ -26,6 +26,8 @@ def answer_to(message: dict[str, Any]) -> bytes:
             "capabilities": {"tools": {}},
             "serverInfo": {"name": "stub", "version": "1"},
         }
+    elif message["method"] == "tools/list":
+        result = {"tools": [{"name": "count", "inputSchema": {"type": "object"}}]}
     else:
         result = {"content": [{"type": "text", "text": PADDING}], "isError": False}
     return orjson.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result})

@@ -15,21 +15,17 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
+from .config_oauth import check_oauth_fits, read_oauth
 from .config_values import JsonObject, Values, did_you_mean, kind_of, parse_json, quoted
 from .errors import ConfigError
-from .upstream import Affinity, Config, HttpTarget, StdioTarget, Upstream
+from .health import METHODS
+from .upstream import Affinity, Config, HttpTarget, SseTarget, StdioTarget, Target, Transport, Upstream
 
-# What this version serves, out of what the configuration can say. A value that is known but not served is refused by
-# name: an operator who asks for a health check must not believe that there is one.
-SERVED_TYPES: Final = frozenset({"http", "stdio"})
-SERVED_AFFINITIES: Final = frozenset({"session"})
-UNSERVED_OPTIONS: Final = frozenset({"max_age", "health_check"})
-
-# Clients spell the same two transports in many ways ("streamable-http", "streamableHttp", "streamable_http").
-TYPES: Final = {"http": "http", "streamablehttp": "http", "sse": "sse", "stdio": "stdio"}
+# Clients spell the same transports in many ways ("streamable-http", "streamableHttp", "streamable_http").
+TYPES: Final[Mapping[str, Transport]] = {"http": "http", "streamablehttp": "http", "sse": "sse", "stdio": "stdio"}
 
 OPTIONS: Final = (
     "affinity",
@@ -37,13 +33,21 @@ OPTIONS: Final = (
     "max_sessions_per_principal",
     "idle_ttl",
     "max_age",
+    "min_sessions",
     "health_check",
+    "health_check_interval",
+    "health_check_timeout",
     "call_timeout",
     "idempotent_tools",
     "forward_headers",
+    "oauth",
 )
 COMMON_KEYS: Final = frozenset({"type", "transport", "leasehold", "disabled"})
-KEYS_OF: Final = {"http": ("url", "headers"), "stdio": ("command", "args", "env", "cwd")}
+KEYS_OF: Final[Mapping[Transport, tuple[str, ...]]] = {
+    "http": ("url", "headers"),
+    "sse": ("url", "headers"),
+    "stdio": ("command", "args", "env", "cwd"),
+}
 
 LINK_HEADERS: Final = frozenset(
     {
@@ -167,11 +171,11 @@ class _Reader(Values):
                 self.problem(f"{path}.{key}", f"expected only with another type of server, this one is {transport}")
             else:
                 self.warn(f"{path}.{quoted(key)}", "not used")
-        target = self._http(path, entry) if transport == "http" else self._stdio(path, entry)
+        target = self._stdio(path, entry) if transport == "stdio" else self._web(path, entry, transport)
         made = self._options(name, path, entry.get("leasehold", JsonObject()), target)
         return made if len(self.problems) == before else None
 
-    def _transport(self, path: str, entry: JsonObject) -> Literal["http", "stdio"] | None:
+    def _transport(self, path: str, entry: JsonObject) -> Transport | None:
         key = "transport" if "transport" in entry and "type" not in entry else "type"
         if key not in entry:
             if ("url" in entry) == ("command" in entry):
@@ -182,18 +186,16 @@ class _Reader(Values):
             return "http" if "url" in entry else "stdio"
         value = entry[key]
         path = f"{path}.{key}"
-        expected = 'expected "http", "streamable-http" or "stdio"'
+        expected = 'expected "http", "streamable-http", "sse" or "stdio"'
         if not isinstance(value, str):
             self.problem(path, f"{expected}, got {kind_of(value)}")
             return None
         known = TYPES.get(value.lower().replace("-", "").replace("_", ""))
         if known is None:
             self.problem(path, f"{expected}, got {quoted(value)}")
-        elif known not in SERVED_TYPES:
-            self.problem(path, f'{expected}: "{known}" is not supported yet')
-        return "http" if known == "http" else "stdio" if known == "stdio" else None
+        return known
 
-    def _http(self, path: str, entry: JsonObject) -> HttpTarget | None:
+    def _web(self, path: str, entry: JsonObject, transport: Transport) -> HttpTarget | SseTarget | None:
         url = self.string(f"{path}.url", entry.get("url"), "an http:// or https:// URL")
         headers = self._headers(f"{path}.headers", entry.get("headers", JsonObject()))
         parts = None if url is None else self._url(f"{path}.url", url)
@@ -206,7 +208,8 @@ class _Reader(Values):
             if "authorization" in headers:
                 self.problem(f"{path}.url", "expected no user and password beside an Authorization header")
             headers["authorization"] = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
-        return HttpTarget(urlunsplit(parts), tuple(headers.items()))
+        made = SseTarget if transport == "sse" else HttpTarget
+        return made(urlunsplit(parts), tuple(headers.items()))
 
     def _url(self, path: str, url: str) -> SplitResult | None:
         expected = "expected an http:// or https:// URL"
@@ -267,7 +270,7 @@ class _Reader(Values):
 
     # The `leasehold` object
 
-    def _options(self, name: str, path: str, value: object, target: HttpTarget | StdioTarget | None) -> Upstream | None:
+    def _options(self, name: str, path: str, value: object, target: Target | None) -> Upstream | None:
         path = f"{path}.leasehold"
         if not isinstance(value, JsonObject):
             self.problem(path, f"expected an object, got {kind_of(value)}")
@@ -279,8 +282,6 @@ class _Reader(Values):
                 close = get_close_matches(key, OPTIONS, 1)
                 known = f'did you mean "{close[0]}"?' if close else "known are " + ", ".join(OPTIONS)
                 self.problem(f"{path}.{quoted(key)}", f"expected no such key; {known}")
-            elif key in UNSERVED_OPTIONS:
-                self.problem(f"{path}.{key}", "expected to be absent: not supported yet")
         # One placeholder where the target is wrong: the problems of the options are still to be found.
         limits = Upstream(name, StdioTarget("") if target is None else target)
         made = Upstream(
@@ -297,7 +298,19 @@ class _Reader(Values):
             forward_headers=frozenset(
                 name.lower() for name in self.names(f"{path}.forward_headers", value.get("forward_headers", []))
             ),
+            health_check=self._health_check(f"{path}.health_check", value.get("health_check", [*limits.health_check])),
+            health_check_interval_s=self.seconds(
+                f"{path}.health_check_interval", value.get("health_check_interval", limits.health_check_interval_s)
+            ),
+            health_check_timeout_s=self.seconds(
+                f"{path}.health_check_timeout", value.get("health_check_timeout", limits.health_check_timeout_s)
+            ),
+            max_age_s=self.seconds(f"{path}.max_age", value["max_age"]) if "max_age" in value else limits.max_age_s,
+            min_sessions=self.count(f"{path}.min_sessions", value, "min_sessions", least=0) or limits.min_sessions,
+            oauth=read_oauth(self, f"{path}.oauth", value["oauth"], self._url) if "oauth" in value else None,
         )
+        if "oauth" in value:
+            check_oauth_fits(self, f"{path}.oauth", target, made.forward_headers)
         for header in sorted(made.forward_headers):
             where = f"{path}.forward_headers"
             if not HEADER_NAME.fullmatch(header):
@@ -305,18 +318,31 @@ class _Reader(Values):
             elif header in LINK_HEADERS:
                 self.problem(where, f'expected no "{header}": Leasehold sets this header itself')
         if made.forward_headers and isinstance(target, StdioTarget):
-            self.problem(f"{path}.forward_headers", "expected only with http, this server is stdio")
+            self.problem(f"{path}.forward_headers", "expected only with http or sse, this server is stdio")
         if (made.max_sessions_per_principal or 0) > made.max_sessions:
             where = f"{path}.max_sessions_per_principal"
             self.problem(where, f"expected at most max_sessions, which is {made.max_sessions}")
+        if made.min_sessions > made.max_sessions:
+            self.problem(f"{path}.min_sessions", f"expected at most max_sessions, which is {made.max_sessions}")
         return made
 
+    def _health_check(self, path: str, value: object) -> tuple[str, ...]:
+        words = ", ".join(f'"{word}"' for word in METHODS)
+        steps = self.names(path, value)
+        for i, step in enumerate(steps):
+            if step not in METHODS:
+                self.problem(f"{path}[{i}]", f"expected one of {words}, got {quoted(step)}")
+            elif step == "skip" and i + 1 < len(steps):
+                self.problem(f"{path}[{i}]", 'expected "skip" only as the last one: nothing is asked after it')
+        if value == []:
+            self.problem(path, f"expected at least one of {words}")
+        return tuple(steps)
+
     def _affinity(self, path: str, value: object) -> Affinity:
-        expected = 'expected "session"'
-        if not isinstance(value, str):
-            self.problem(path, f"{expected}, got {kind_of(value)}")
-        elif value not in get_args(Affinity):
-            self.problem(path, f"{expected}, got {quoted(value)}")
-        elif value not in SERVED_AFFINITIES:
-            self.problem(path, f'{expected}: "{value}" is not supported yet')
+        for affinity in get_args(Affinity):
+            if value == affinity:
+                return affinity
+        words = ", ".join(f'"{word}"' for word in get_args(Affinity))
+        got = quoted(value) if isinstance(value, str) else kind_of(value)
+        self.problem(path, f"expected one of {words}, got {got}")
         return "session"

@@ -63,14 +63,15 @@ class Values:
     def warn(self, path: str, text: str) -> None:
         self.warnings.append(f"{self.source}: {path}: {text}")
 
-    def count(self, path: str, options: JsonObject, key: str) -> int | None:
+    def count(self, path: str, options: JsonObject, key: str, *, least: int = 1) -> int | None:
         if key not in options:
             return None
         value = options[key]
+        expected = f"expected an integer from {least} to 1000000"
         if isinstance(value, bool) or not isinstance(value, int):
-            self.problem(path, f"expected an integer from 1 to 1000000, got {kind_of(value)}")
-        elif not 1 <= value <= 1_000_000:
-            self.problem(path, f"expected an integer from 1 to 1000000, got {_number(value)}")
+            self.problem(path, f"{expected}, got {kind_of(value)}")
+        elif not least <= value <= 1_000_000:
+            self.problem(path, f"{expected}, got {_number(value)}")
         else:
             return value
         return None

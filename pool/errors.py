@@ -33,8 +33,29 @@ class PoolFull(PoolError):
     """Raised when a limit on sessions is reached; nothing was opened."""
 
 
+class PoolTimeout(PoolFull):
+    """Raised when no session came free in the time the caller had; nothing was sent."""
+
+
+class SessionReleased(PoolError):
+    """Raised when a borrowed session is used after it was given back; nothing was sent."""
+
+
 class OpenFailed(PoolError):
     """Raised when an upstream session cannot be opened: the process did not start, the connection was refused."""
+
+
+class CircuitOpen(PoolError):
+    """Raised instead of trying an upstream that has failed again and again; nothing was sent."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """Seconds after which it may be worth trying again; more than 0."""
+
+
+class AuthFailed(PoolError):
+    """Raised when the credentials for a call could not be had; the call was not sent, or refused with 401 or 403."""
 
 
 class UpstreamLost(PoolError):
@@ -47,3 +68,13 @@ class CallTimeout(PoolError):
     """Raised when the upstream stayed silent for longer than `call_timeout`."""
 
     outcome: ClassVar[Outcome] = "unknown"
+
+
+class UpstreamRefused(PoolError):
+    """Raised when the upstream answered a request of ours with an HTTP status that is no success."""
+
+    outcome: ClassVar[Outcome] = "error"
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the upstream answered with HTTP status {status}")
+        self.status = status

@@ -9,6 +9,7 @@ import orjson
 
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600
+METHOD_NOT_FOUND: Final = -32601
 INTERNAL_ERROR: Final = -32603
 SESSION_NOT_FOUND: Final = -32001
 """What the TypeScript SDK answers with 404; clients decide by the status, not by this code."""

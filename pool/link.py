@@ -7,14 +7,62 @@ translates. Bodies and event streams cross as the bytes they are.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 from .jsonrpc import Message
 
 Headers = list[tuple[bytes, bytes]]
 """Header names in lower case and values, as in ASGI."""
+
+RESERVED_HEADERS: Final = frozenset(
+    {
+        b"accept-encoding",
+        b"connection",
+        b"content-length",
+        b"host",
+        b"keep-alive",
+        b"mcp-session-id",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Headers that are the link's own business: nobody else sets them."""
+
+_NAME: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class OwnName(bytes):
+    """The name of a header that comes from this process and not from a client.
+
+    It always reaches the upstream, and wins over a client's and a configured header of that name. What came over the
+    wire never has such a name, whatever it says: being one is a matter of type.
+    """
+
+    __slots__ = ()
+
+
+def own_header(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header of our own for one request. Raises ValueError for what cannot be sent; the message shows no value."""
+    if not _NAME.fullmatch(name) or _CONTROL.search(value):
+        raise ValueError("not a header that can be sent: a name that is none, or a value with control characters")
+    if name.lower() in RESERVED_HEADERS:
+        raise ValueError(f"the header {name.decode()} is set by the link")
+    return OwnName(name.lower()), value.strip(b" \t")
+
+
+def own_headers(headers: Mapping[str, str]) -> Headers:
+    """`own_header` for each of some headers."""
+    try:
+        return [own_header(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    except UnicodeEncodeError:
+        raise ValueError("a header holds characters that cannot be sent") from None
+
 
 Fence = Callable[[], None]
 """Called in the same turn of the loop in which an upstream write starts; raises `Fenced` when none may start."""
@@ -43,6 +91,8 @@ class ResumeRecord:
     session_id: str
     protocol_version: str | None = None
     cookies: dict[str, str] = field(default_factory=dict[str, str])
+    initialize_result: dict[str, Any] | None = None
+    """The server's result, where the session was initialized by its owner and not by a client."""
 
 
 class Link(Protocol):
@@ -54,6 +104,10 @@ class Link(Protocol):
         Raises `Fenced` or `SessionClosed` (nothing was sent), `OpenFailed` (no connection, nothing was sent),
         `UpstreamLost` or `CallTimeout` (it may have run).
         """
+        ...
+
+    def negotiated(self, protocol_version: str) -> None:
+        """Note what `initialize` agreed on, for requests of our own and for the resume record."""
         ...
 
     async def get(self, headers: Headers) -> Reply:

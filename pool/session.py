@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 from enum import Enum
-from typing import Final
+from math import inf
+from typing import Any, Final, Protocol
 
 from .clock import monotonic
 from .errors import OpenFailed, PoolError, SessionClosed
@@ -63,25 +67,65 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
 }
 """Every transition there is; any other pair is a bug and raises KeyError."""
 
-ENDS_UPSTREAM: Final = frozenset({"idle", "shutdown", "unregistered", "not_initialized"})
+ENDS_UPSTREAM: Final = frozenset(
+    {"idle", "shutdown", "unregistered", "not_initialized", "open_failed", "discarded", "evicted", "max_age", "drained"}
+)
 """Reasons to close after which the upstream session would live on unknown to anybody: it is told (DELETE)."""
 
 OpenLink = Callable[[], Awaitable[Link]]
+Handshake = Callable[[Link], Awaitable[dict[str, Any]]]
+"""Initializes a session over its link; returns the server's result."""
+
+
+class Face(Protocol):
+    """Something that uses a session's link from tasks of its own."""
+
+    async def aclose(self) -> None:
+        """End them. Raises nothing."""
+        ...
+
+
+_AT_ONCE: Final = nullcontext()
 
 
 class PooledSession:
     """A live upstream session. Made by the pool; `link` is valid while `state` is READY."""
 
-    def __init__(self, key: str, upstream: Upstream, principal: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        upstream: Upstream,
+        principal: str,
+        *,
+        handshake: Handshake | None = None,
+        resume: ResumeRecord | None = None,
+    ) -> None:
+        """`handshake`: the session is ours to initialize, not a client's; unless `resume` says that it has been."""
         self.key = key
         self.upstream = upstream
         self.principal = principal
         self.state = State.OPENING
         self.in_flight = 0
         self.opened_at = self.used_at = monotonic()
+        self.expires_at = inf
+        """When it is too old to be lent once more (`monotonic`)."""
         self.close_reason = ""
         self.keeps_record = False
         """Whether the session lives on elsewhere: its upstream side and its registration are not to be ended."""
+        self.initialize_result = resume.initialize_result if resume else None
+        """What the server said to the pool's own `initialize`; None where a client did the handshake."""
+        self.on_opened: Callable[[], None] = lambda: None
+        self.face: Face | None = None
+        """What was put on top of the link, and has to go before it."""
+        self.is_new = False
+        """Opened for somebody who has yet to get it."""
+        self.telling: AbstractAsyncContextManager[Any] = _AT_ONCE
+        """Held while the upstream is told of the end."""
+        self.safe_tools: set[str] = set()
+        """Tools that the server has declared read-only or idempotent, as far as they were listed."""
+        self._ids = 0
+        self._id_prefix = f"leasehold-{os.urandom(4).hex()}-"
+        self._handshake = handshake
         self._link: Link | None = None
         self._opening: asyncio.Timeout | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -94,25 +138,57 @@ class PooledSession:
     @property
     def link(self) -> Link:
         """Raises `SessionClosed` before the session is open and after it began to close."""
-        if self._link is None or self.state is not State.READY or self._link.is_closed:
+        if self._link is None or self.state is not State.READY or self.is_closed:
             raise SessionClosed(f"the session is {self.state.value}")
         return self._link
 
     @property
     def is_closed(self) -> bool:
-        """True as soon as the session can take no more calls."""
-        return self.state in (State.CLOSING, State.CLOSED) or (self._link is not None and self._link.is_closed)
+        """True as soon as the session can take no more calls; never raises."""
+        if self.state in (State.CLOSING, State.CLOSED):
+            return True
+        try:
+            return self._link is not None and self._link.is_closed
+        except Exception:  # noqa: BLE001 - a link that cannot even say that
+            return True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its owner initialized it, for clients that share it; not a client for itself."""
+        return self._handshake is not None or self.initialize_result is not None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was made."""
+        return monotonic() - self.opened_at
 
     @property
     def resume(self) -> ResumeRecord | None:
         """What another owner needs to continue the session; None for one that cannot move. Valid while it closes,
         too."""
-        return None if self._link is None else self._link.resume
+        record = None if self._link is None else self._link.resume
+        if record is None or self.initialize_result is None:
+            return record
+        return replace(record, initialize_result=self.initialize_result)
 
     @property
     def idle_s(self) -> float:
         """Seconds since its last use; 0 while a call or stream is open."""
         return 0.0 if self.in_flight else monotonic() - self.used_at
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether it is past its maximum age."""
+        return monotonic() > self.expires_at
+
+    @property
+    def is_opening(self) -> bool:
+        return self.state is State.OPENING
+
+    def next_id(self) -> str:
+        """An id for a request of our own: like no client's, and like none of another owner of this session."""
+        self._ids += 1
+        return f"{self._id_prefix}{self._ids}"
 
     def __enter__(self) -> PooledSession:
         """Mark a use: the session is not idle until it is left."""
@@ -121,6 +197,10 @@ class PooledSession:
 
     def __exit__(self, *_exc: object) -> None:
         self.in_flight -= 1
+        self.touch()
+
+    def touch(self) -> None:
+        """Note a use."""
         self.used_at = monotonic()
 
     async def wait_open(self) -> None:
@@ -149,37 +229,51 @@ class PooledSession:
 
         `on_ended` is called once, when `wait_ended` returns.
         """
-        link: Link | None = None
         try:
-            link = await self._open(open_link)
-            if link is not None:
+            if await self._open(open_link):
                 self._step(Event.OPENED)
+                self.on_opened()
                 self._opened.set_result(None)
-                await self._until_closed(link)
+                await self._until_closed(self._running())
         finally:
-            if link is not None:
-                await self._close_link(link, on_ended)
+            if self._link is not None:
+                await self._close_link(self._link, on_ended)
             else:
                 self.close_reason = self.close_reason or "open_failed"
                 self._end(Event.FAILED, on_ended)
             if not self._opened.done():  # the owner task itself was cancelled
                 self._fail_open(OpenFailed("the pool is closing"))
 
-    async def _open(self, open_link: OpenLink) -> Link | None:
+    def orphaned(self, on_ended: Callable[[PooledSession], None]) -> None:
+        """The owner task is done. One that was cancelled before its first step has ended nothing: do so."""
+        if not self._ended.is_set():
+            self._fail_open(OpenFailed("the pool is closing"))
+            self.close_reason = self.close_reason or "open_failed"
+            self._end(Event.FAILED, on_ended)
+
+    async def _open(self, open_link: OpenLink) -> bool:
         if self._close_asked.is_set():
             self._fail_open(OpenFailed("closed before it was open"))
-            return None
+            return False
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S) as self._opening:
                 self._link = await open_link()
+                if self._handshake is not None and self.initialize_result is None:
+                    self.initialize_result = await self._handshake(self._link)
         except Exception as error:
             if not isinstance(error, PoolError | OSError | TimeoutError):
                 logger.exception("open_failed upstream=%s", self.upstream.name)
             self._fail_open(
                 error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
             )
+            self.close_reason = self.close_reason or "open_failed"
+            return False
         finally:
             self._opening = None
+        return True
+
+    def _running(self) -> Link:
+        assert self._link is not None
         return self._link
 
     def _fail_open(self, failure: PoolError) -> None:
@@ -192,13 +286,14 @@ class PooledSession:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
-                wait.cancel()
+                if not wait.cancel() and not wait.cancelled():
+                    wait.exception()  # retrieved: a link that cannot wait for its end is lost, too
         if not self._close_asked.is_set():
             self.close_reason = self.close_reason or "lost"
             self._step(Event.LOST)
 
     async def _close_link(self, link: Link, on_ended: Callable[[PooledSession], None]) -> None:
-        if self.state is State.READY:  # the owner task itself was cancelled
+        if self.state in (State.OPENING, State.READY):  # the handshake failed, or the owner task itself was cancelled
             self._step(Event.CLOSE)
         # A link that ignores its cancellation holds up this task, but nobody who waits for the session's end.
         give_up = asyncio.get_running_loop().call_later(
@@ -207,8 +302,11 @@ class PooledSession:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 try:
+                    if self.face is not None:
+                        await self.face.aclose()
                     if self.close_reason in ENDS_UPSTREAM and not self.keeps_record and not link.is_closed:
-                        await _end_upstream(link)
+                        async with self.telling:
+                            await _end_upstream(link)
                 finally:
                     await link.aclose()
         except TimeoutError:

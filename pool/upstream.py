@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 Affinity = Literal["session", "principal", "none"]
+Transport = Literal["http", "sse", "stdio"]
 
 
 @dataclass(frozen=True, slots=True)
-class HttpTarget:
-    """A streamable-HTTP endpoint. `url` holds no userinfo: it has become an `authorization` header."""
-
+class _UrlTarget:
     url: str
     headers: tuple[tuple[str, str], ...] = ()
     """Names in lower case, and values."""
@@ -22,13 +21,28 @@ class HttpTarget:
         parts = urlsplit(self.url)
         query = "?..." if parts.query else ""
         names = ", ".join(name for name, _ in self.headers)
-        return f"HttpTarget({parts.scheme}://{parts.netloc}{parts.path}{query}, headers: {names or 'none'})"
+        return f"{type(self).__name__}({parts.scheme}://{parts.netloc}{parts.path}{query}, headers: {names or 'none'})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class HttpTarget(_UrlTarget):
+    """A streamable-HTTP endpoint. `url` holds no userinfo: it has become an `authorization` header."""
+
+    transport: ClassVar[Transport] = "http"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SseTarget(_UrlTarget):
+    """A server of the HTTP+SSE transport (protocol 2024-11-05), by the URL of its event stream; no userinfo either."""
+
+    transport: ClassVar[Transport] = "sse"
 
 
 @dataclass(frozen=True, slots=True)
 class StdioTarget:
     """A command that speaks MCP on its standard input and output; one process per session."""
 
+    transport: ClassVar[Transport] = "stdio"
     command: str
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -40,11 +54,28 @@ class StdioTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class OAuth:
+    """How the tokens of an upstream are got: by the client-credentials grant, as one client for all who call."""
+
+    client_id: str
+    client_secret: str = field(repr=False)
+    scope: str | None = None
+    """None: what the server asks for."""
+    issuer: str | None = None
+    """The authorization server that alone may be shown the secret; None: the upstream's own origin."""
+    token_url: str | None = field(default=None, repr=False)
+    """Where tokens are got without looking for metadata; then there is no issuer."""
+
+
+Target = HttpTarget | SseTarget | StdioTarget
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """One server of the configuration, with the limits of its sessions. Limits count per worker."""
 
     name: str
-    target: HttpTarget | StdioTarget
+    target: Target
     affinity: Affinity = "session"
     max_sessions: int = 1000
     max_sessions_per_principal: int | None = None
@@ -56,6 +87,18 @@ class Upstream:
     """Tools that may be called again although an earlier call may have run."""
     forward_headers: frozenset[str] = frozenset()
     """Names (lower case) of client headers that are passed to the upstream."""
+    health_check: tuple[str, ...] = ("ping", "skip")
+    """Steps of the chain that is asked before a session is used again: see `health.py`."""
+    health_check_interval_s: float = 60.0
+    """A session that was used within this time is not checked."""
+    health_check_timeout_s: float = 5.0
+    """For the whole chain."""
+    max_age_s: float | None = None
+    """None: a session may grow old."""
+    min_sessions: int = 0
+    """Sessions that are kept ready, where sessions are shared."""
+    oauth: OAuth | None = None
+    """None: calls are authorized by headers, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)

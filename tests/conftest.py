@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from functools import wraps
 from typing import Any
 
@@ -37,19 +38,26 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
     return redis_server.url
 
 
+@pytest.fixture
+def at_end() -> AsyncExitStack:
+    """What a test's fixtures want closed when it ends, before it is asked which tasks it has left."""
+    return AsyncExitStack()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
-        item.obj = _leaving_no_task(item.obj)
+        item.obj = _leaving_no_task(item.obj, item.funcargs.get("at_end", AsyncExitStack()))
 
 
-def _leaving_no_task(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+def _leaving_no_task(test: Callable[..., Awaitable[None]], at_end: AsyncExitStack) -> Callable[..., Awaitable[None]]:
     @wraps(test)
     async def checked(*args: Any, **kwargs: Any) -> None:
         before = asyncio.all_tasks()
         # The plugin's own limit is a signal, which does not end a coroutine that loops under uvloop.
         async with asyncio.timeout(TEST_LIMIT_S):
-            await test(*args, **kwargs)
+            async with at_end:
+                await test(*args, **kwargs)
         leaked = asyncio.all_tasks() - before
         if leaked:  # those that are on their way out have the time to
             _, leaked = await asyncio.wait(leaked, timeout=LEAK_LIMIT_S)

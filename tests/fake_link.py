@@ -26,6 +26,9 @@ class FakeLink:
     def lose(self) -> None:
         self._closed.set()
 
+    def negotiated(self, protocol_version: str) -> None:
+        self.version = protocol_version
+
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         return Reply(200, headers, _once(body))
 

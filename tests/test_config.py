@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from leasehold.pool import Config, HttpTarget, StdioTarget, load_config, parse_config
+from leasehold.pool import Config, HttpTarget, SseTarget, StdioTarget, load_config, parse_config
 from leasehold.pool.errors import ConfigError
 
 ENVIRON = {"TOKEN": "s3cret-token", "EMPTY": "", "HOME": "/srv", "NESTED": "${TOKEN}"}
@@ -82,12 +82,32 @@ class TestWhatIsAccepted:
             "call_timeout": 1.5,
             "idempotent_tools": ["search"],
             "forward_headers": ["X-Request-Id", "authorization"],
+            "health_check": ["ping", "list_tools", "list_prompts", "list_resources", "skip"],
+            "health_check_interval": 5,
+            "health_check_timeout": 0.5,
+            "max_age": 3600,
+            "min_sessions": 3,
         }
         made = parse({"x": {"url": "http://h/mcp", "leasehold": options}}).servers["x"]
         assert (made.affinity, made.max_sessions, made.max_sessions_per_principal) == ("session", 7, 2)
         assert (made.idle_ttl_s, made.call_timeout_s) == (60.0, 1.5)
         assert made.idempotent_tools == {"search"}
         assert made.forward_headers == {"x-request-id", "authorization"}
+        assert made.health_check == ("ping", "list_tools", "list_prompts", "list_resources", "skip")
+        assert (made.health_check_interval_s, made.health_check_timeout_s, made.max_age_s) == (5.0, 0.5, 3600.0)
+        assert made.min_sessions == 3
+
+    @pytest.mark.parametrize("key", ["type", "transport"])
+    @pytest.mark.parametrize("word", ["sse", "SSE"])
+    def test_an_sse_server_has_what_an_http_server_has(self, key: str, word: str) -> None:
+        entry = {key: word, "url": "http://u:p@h/sse", "headers": {"X-Team": "blue"}}
+        made = parse({"x": entry | {"leasehold": {"forward_headers": ["X-User"]}}}).servers["x"]
+        assert made.target == SseTarget("http://h/sse", (("x-team", "blue"), ("authorization", "Basic dTpw")))
+        assert made.forward_headers == {"x-user"}
+
+    def test_no_session_needs_to_be_ready(self) -> None:
+        made = parse({"x": {"url": "http://h/mcp", "leasehold": {"min_sessions": 0}}}).servers["x"]
+        assert (made.min_sessions, made.max_age_s) == (0, None)
 
     def test_keys_of_other_clients_are_tolerated_and_listed(self) -> None:
         others = {"alwaysAllow": ["a"], "autoApprove": [], "timeout": 60, "description": "d", "note": 1}
@@ -262,10 +282,16 @@ class TestB49WrongConfiguration:
             ({"command": ""}, "command: expected the command to start, got an empty string"),
             (
                 {"type": "websocket", "url": "http://h"},
-                'type: expected "http", "streamable-http" or "stdio", got websocket',
+                'type: expected "http", "streamable-http", "sse" or "stdio", got websocket',
             ),
-            ({"type": 1, "url": "http://h"}, 'type: expected "http", "streamable-http" or "stdio", got a number'),
-            ({"type": "sse", "url": "http://h"}, '"sse" is not supported yet'),
+            (
+                {"type": 1, "url": "http://h"},
+                'type: expected "http", "streamable-http", "sse" or "stdio", got a number',
+            ),
+            (
+                {"type": "sse", "url": "http://h", "command": "c"},
+                "command: expected only with another type of server, this one is sse",
+            ),
             ({"url": "http://h", "disabled": "no"}, "disabled: expected true or false, got a string"),
             ({"url": "h/mcp"}, "url: expected an http:// or https:// URL"),
             ({"url": "ftp://h/mcp"}, "url: expected an http:// or https:// URL"),
@@ -300,12 +326,21 @@ class TestB49WrongConfiguration:
             ({"max_session": 3}, 'max_session: expected no such key; did you mean "max_sessions"?'),
             ({"maxSessions": 3}, 'maxSessions: expected no such key; did you mean "max_sessions"?'),
             ({"zzz": 3}, "zzz: expected no such key; known are affinity, max_sessions,"),
-            ({"affinity": "sesion"}, 'affinity: expected "session", got sesion'),
-            ({"affinity": None}, 'affinity: expected "session", got nothing'),
-            ({"affinity": "principal"}, 'affinity: expected "session": "principal" is not supported yet'),
-            ({"affinity": "none"}, 'affinity: expected "session": "none" is not supported yet'),
-            ({"max_age": 60}, "max_age: expected to be absent: not supported yet"),
-            ({"health_check": ["ping"]}, "health_check: expected to be absent: not supported yet"),
+            ({"affinity": "sesion"}, 'affinity: expected one of "session", "principal", "none", got sesion'),
+            ({"affinity": None}, 'affinity: expected one of "session", "principal", "none", got nothing'),
+            ({"max_age": None}, "max_age: expected seconds, from 0.1 to 604800, got nothing"),
+            ({"max_age": 0}, "max_age: expected seconds, from 0.1 to 604800, got 0"),
+            ({"min_sessions": -1}, "min_sessions: expected an integer from 0 to 1000000, got -1"),
+            ({"min_sessions": False}, "min_sessions: expected an integer from 0 to 1000000, got false"),
+            ({"min_sessions": 3, "max_sessions": 2}, "min_sessions: expected at most max_sessions, which is 2"),
+            ({"health_check": "ping"}, "health_check: expected a list of strings, got a string"),
+            ({"health_check": []}, 'health_check: expected at least one of "ping", "list_tools", "list_prompts"'),
+            ({"health_check": ["pong"]}, 'health_check[0]: expected one of "ping", "list_tools", "list_prompts"'),
+            ({"health_check": [1]}, "health_check[0]: expected a name, got a number"),
+            ({"health_check": ["skip", "ping"]}, 'health_check[0]: expected "skip" only as the last one'),
+            ({"health_check_interval": "1m"}, "health_check_interval: expected seconds, from 0.1 to 604800"),
+            ({"health_check_timeout": 0}, "health_check_timeout: expected seconds, from 0.1 to 604800, got 0"),
+            ({"healthcheck": ["ping"]}, 'healthcheck: expected no such key; did you mean "health_check"?'),
             ({"max_sessions": 0}, "max_sessions: expected an integer from 1 to 1000000, got 0"),
             ({"max_sessions": True}, "max_sessions: expected an integer from 1 to 1000000, got true"),
             ({"max_sessions": 1.5}, "max_sessions: expected an integer from 1 to 1000000, got a number"),
@@ -329,7 +364,7 @@ class TestB49WrongConfiguration:
 
     def test_headers_cannot_be_forwarded_to_a_process(self) -> None:
         found = problem({"command": "c", "leasehold": {"forward_headers": ["x-a"]}})
-        assert found == "leasehold.forward_headers: expected only with http, this server is stdio"
+        assert found == "leasehold.forward_headers: expected only with http or sse, this server is stdio"
 
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
         def message(path: Path) -> str:
@@ -383,11 +418,14 @@ class TestB19NoCredential:
             {
                 "a": {"url": "http://user:s3cret@h/mcp?key=s3cret", "headers": {"X-Key": "s3cret"}},
                 "b": {"command": "run", "args": ["--key", "s3cret"], "env": {"KEY": "s3cret"}},
+                "c": {"type": "sse", "url": "http://user:s3cret@h/sse?key=s3cret", "headers": {"Y-Key": "s3cret"}},
             }
         )
         shown = repr(config) + str(config) + repr(dict(config.servers))
         assert self.SECRET not in shown
-        assert "http://h/mcp?..." in shown
+        assert "HttpTarget(http://h/mcp?..." in shown
+        assert "SseTarget(http://h/sse?..." in shown
+        assert "y-key" in shown
         assert "x-key" in shown
         assert "KEY" in shown
 

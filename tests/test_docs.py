@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,12 @@ def written(default: Any) -> str:
         return "none"
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(default)
     if isinstance(default, frozenset):
         return str(sorted(default))
+    if isinstance(default, list):
+        return json.dumps(default)
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -63,9 +68,10 @@ def test_b53_the_defaults_of_servers_are_those_of_the_page() -> None:
     said = {name: value for cells in table for name, value in documented(cells[0], cells[1])}
     upstream = Upstream("a", StdioTarget("true"))
     real = {
-        field.name.removesuffix("_s"): written(getattr(upstream, field.name))
+        field.name.removesuffix("_s"): written(list(value) if isinstance(value, tuple) else value)
         for field in dataclasses.fields(Upstream)
         if field.name not in ("name", "target")
+        for value in [getattr(upstream, field.name)]
     }
     assert said == real
 

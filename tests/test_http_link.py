@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from leasehold.pool import (
     parse,
 )
 from leasehold.pool.sse import event
+from raw_http import Request, Server
 
 pytestmark = pytest.mark.anyio
 
@@ -40,105 +40,14 @@ INITIALIZE = b'{"jsonrpc":"2.0","id":0,"method":"initialize","params":{}}'
 RESULT = b'{"jsonrpc":"2.0","id":1,"result":{}}'
 
 
-@dataclass
-class Request:
-    """One request as the server read it. `connection` counts from 0."""
-
-    connection: int
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    lost: asyncio.Event = field(repr=False)
-    """Set when its connection has ended."""
-    transport: asyncio.Transport = field(repr=False)
-
-    async def send(self, data: bytes) -> None:
-        self.transport.write(data)
-
-    async def reply(self, status: int, body: bytes = b"", *headers: str) -> None:
-        lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", *headers]
-        await self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-
-    async def json(self, body: bytes = RESULT, *headers: str) -> None:
-        await self.reply(200, body, "content-type: application/json", *headers)
-
-    async def stream(self, *chunks: bytes, ends: bool = True) -> None:
-        await self.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        for chunk in chunks:
-            await self.send(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        if ends:
-            await self.send(b"0\r\n\r\n")
-
-    def drop(self) -> None:
-        """Break the connection without an answer."""
-        self.transport.abort()
-
-
-Handler = Callable[[Request], Coroutine[Any, Any, None]]
-
-
-class Server:
-    """Serves HTTP/1.1 with kept connections; `handler` answers, in a task that ends with its connection."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.connections = 0
-        self.handler: Handler = lambda request: request.json()
-        self.arrived = asyncio.Event()
-        self.url = ""
-        self.transports: set[asyncio.Transport] = set()
-
-    def drop_all(self) -> None:
-        for transport in self.transports:
-            transport.abort()
-
-
-class Connection(asyncio.Protocol):
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.number, server.connections = server.connections, server.connections + 1
-        self.received = b""
-        self.lost = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport: asyncio.Transport = transport
-        self.server.transports.add(transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, separator, rest = self.received.partition(b"\r\n\r\n")
-        lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
-        length = int(headers.get("content-length", "0"))
-        if not separator or len(rest) < length:
-            return
-        self.received = rest[length:]
-        assert not self.received, "no client pipelines"
-        method, path, _ = lines[0].split(" ")
-        request = Request(self.number, method, path, headers, rest, self.lost, self.transport)
-        self.server.requests.append(request)
-        self.server.arrived.set()
-        task = asyncio.ensure_future(self.server.handler(request))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        self.server.transports.discard(self.transport)
-        self.lost.set()
-        for task in self.tasks:
-            task.cancel()
+def json_answer(request: Request) -> Coroutine[Any, Any, None]:
+    return request.json(RESULT)
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    served = Server()
-    listener = await asyncio.get_running_loop().create_server(lambda: Connection(served), "127.0.0.1", 0)
-    served.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/mcp"
-    yield served
-    listener.close()
-    served.drop_all()
+    async with Server(json_answer, "/mcp") as served:
+        yield served
 
 
 @pytest.fixture
@@ -217,7 +126,7 @@ async def test_one_connection_carries_one_call_after_another_json_or_events(serv
         if len(server.requests) % 2:
             await request.stream(event(RESULT))
         else:
-            await request.json()
+            await request.json(RESULT)
 
     server.handler = handler
     for _ in range(20):
@@ -240,7 +149,7 @@ async def test_calls_at_once_run_side_by_side(server: Server, connect: Connect) 
         if len(server.requests) == 10:
             everybody.set()
         await everybody.wait()
-        await request.json()
+        await request.json(RESULT)
 
     server.handler = handler
     answers = await asyncio.wait_for(asyncio.gather(*(call(link) for _ in range(10))), 10)
@@ -259,7 +168,7 @@ async def test_a_dropped_connection_costs_its_own_call_and_no_other(server: Serv
         else:
             waiting.set()
             await dropped.wait()
-            await request.json()
+            await request.json(RESULT)
 
     server.handler = handler
     other = asyncio.create_task(call(link))
@@ -309,6 +218,30 @@ async def test_an_upstream_that_dies_in_mid_answer_fails_the_caller_at_once(
         with pytest.raises(UpstreamLost):
             await anext(chunks)
     assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("garbage", [b"no chunk\r\n", b"5\r\nmore than five\r\n", b"-1\r\n"])
+async def test_an_answer_that_is_no_http_fails_the_caller_at_once(
+    server: Server, connect: Connect, garbage: bytes
+) -> None:
+    """B9: aiohttp closes the connection, drops the timeout, and leaves the reader waiting."""
+
+    async def handler(request: Request) -> None:
+        await request.stream(event(b"1"), ends=False)
+        await go_on.wait()
+        await request.send(garbage)
+
+    server.handler = handler
+    link = connect()
+    for send in (lambda: post(link), lambda: link.get([])):
+        go_on = asyncio.Event()
+        chunks = (await send()).chunks
+        assert await anext(chunks) == event(b"1")
+        go_on.set()
+        with pytest.raises(UpstreamLost):
+            await asyncio.wait_for(_rest(chunks), 5)
+    server.handler = json_answer
+    assert await call(link) == RESULT
 
 
 async def test_a_silent_upstream_is_given_up_after_the_call_timeout(server: Server, connect: Connect) -> None:
@@ -554,7 +487,7 @@ async def test_a_reply_that_is_closed_unread_gives_its_connection_back(server: S
         assert reply.status == 409
         await reply.chunks.aclose()
     await asyncio.wait_for(asyncio.gather(*(request.lost.wait() for request in server.requests)), 5)
-    server.handler = lambda request: request.json()
+    server.handler = lambda request: request.json(RESULT)
     assert await call(link) == RESULT
 
 
@@ -572,7 +505,7 @@ async def test_a_cancelled_call_leaves_the_link_usable(server: Server, connect: 
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
-    server.handler = lambda request: request.json()
+    server.handler = lambda request: request.json(RESULT)
     assert await call(link) == RESULT
 
 
@@ -645,7 +578,7 @@ async def test_a_call_under_way_is_answered_though_its_link_was_closed(server: S
             await request.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event(RESULT)), event(RESULT)))
         else:
             await go_on.wait()
-            await request.json()
+            await request.json(RESULT)
 
     server.handler = handler
     streaming = await post(link, PING, (b"traceparent", b"events"))

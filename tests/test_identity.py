@@ -145,3 +145,29 @@ def test_a_principal_names_a_credential_without_telling_it() -> None:
     assert len(alice) == 16
     assert "alice" not in alice
     assert IDENTITY.principal(b"") == "anonymous"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("headers", "bound"),
+    [
+        ([(b"authorization", ALICE)], ALICE),
+        ([(b"x-forwarded-user", b"alice"), (b"authorization", BOB)], BOB),
+        ([(b"x-forwarded-user", b"alice")], b""),
+        ([(b"authorization", b"")], b""),
+        ([], b""),
+    ],
+    ids=["credential", "both", "another header", "empty", "nothing"],
+)
+async def test_by_default_callers_are_known_by_their_credential_alone(
+    headers: list[tuple[bytes, bytes]], bound: bytes
+) -> None:
+    """B17"""
+    caller = await IDENTITY.caller({"headers": headers, "client": None})
+    assert (caller.bound, caller.principal) == (bound, IDENTITY.principal(bound))
+
+
+@pytest.mark.anyio
+async def test_a_caller_does_not_show_what_he_is_known_by() -> None:
+    """B19"""
+    assert "alice" not in repr(await IDENTITY.caller({"headers": [(b"authorization", ALICE)]}))

@@ -15,13 +15,14 @@ from leasehold.pool import Message, PooledSession, Reply, StdioTarget, Upstream,
 from leasehold.pool.link import Headers
 from leasehold.workers.answers import Refused
 from leasehold.workers.errors import Disconnected
-from leasehold.workers.identity import Identity
+from leasehold.workers.identity import Caller, Identity
 from leasehold.workers.opening import Opening
 from leasehold.workers.sessions import Owned
 
 pytestmark = pytest.mark.anyio
 
 UPSTREAM = Upstream("a", StdioTarget("true"))
+CALLER = Caller("anonymous", b"")
 INITIALIZE = b'{"jsonrpc":"2.0","id":0,"method":"initialize","params":{}}'
 AGREED = b'{"jsonrpc":"2.0","id":0,"result":{"protocolVersion":"2025-11-25"}}'
 REFUSED = b'{"jsonrpc":"2.0","id":0,"error":{"code":-32602,"message":"not you"}}'
@@ -106,7 +107,7 @@ async def sessions() -> FakeSessions:
 def begin(sessions: FakeSessions, client: Client) -> asyncio.Task[None]:
     opening = Opening(sessions, Identity(Keyring.random()), max_body_bytes=10_000)  # type: ignore[arg-type]
     return asyncio.create_task(
-        opening.open(UPSTREAM, parse(INITIALIZE), INITIALIZE, [], client.receive, client.send), name="request"
+        opening.open(UPSTREAM, CALLER, parse(INITIALIZE), INITIALIZE, [], client.receive, client.send), name="request"
     )
 
 

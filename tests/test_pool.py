@@ -142,8 +142,8 @@ async def test_principals_that_have_gone_leave_no_trace() -> None:
             session = await pool.open("key", FILES, f"principal {i}")
             session.close("client")
             await session.wait_ended()
-        assert not pool._per_principal
-        assert not pool._per_upstream
+        assert not pool._ledger._per_principal
+        assert not pool._ledger._per_upstream
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

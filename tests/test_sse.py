@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from leasehold.pool.sse import KEEPALIVE, EventSplitter, event, event_data, events
+from leasehold.pool.sse import KEEPALIVE, EventSplitter, event, event_data, event_type, events
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 TEXT = st.text(alphabet=st.characters(exclude_characters="\r\n", exclude_categories=("Cs",)), max_size=12)
@@ -95,3 +95,24 @@ def test_the_data_of_a_whole_body_are_found_without_a_last_blank_line() -> None:
 
 def test_a_keepalive_is_no_event() -> None:
     assert list(events(KEEPALIVE + event(b"{}") + KEEPALIVE)) == [b"{}"]
+
+
+def test_whole_events_are_found_and_those_passed_over_are_known() -> None:
+    splitter = EventSplitter(30)
+    assert list(splitter.blocks(b"event: a\r\ndata: 1\r\n\r\n: comment\n\ndata:")) == [
+        b"event: a\r\ndata: 1",
+        b": comment",
+    ]
+    assert not splitter.overran
+    assert not list(splitter.blocks(b"x" * 100))
+    assert splitter.overran
+    assert list(splitter.blocks(b"\n\ndata: 2\n\n")) == [b"data: 2"]
+    whole = EventSplitter(30)
+    assert list(whole.blocks(event(b"x" * 100) + b"data: 2\n\n")) == [b"data: 2"]
+    assert whole.overran
+
+
+def test_the_type_of_an_event_is_the_last_that_it_names() -> None:
+    assert event_type(b"data: 1") == event_type(b"event:\ndata: 1") == event_type(b"events: x") == b"message"
+    assert event_type(b"event:endpoint\rdata: event: x") == b"endpoint"
+    assert event_type(b"event: a\r\nevent: b") == b"b"

@@ -21,16 +21,16 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from leasehold.pool import jsonrpc, stdio_link
+from leasehold.pool import duplex_link, jsonrpc
 from leasehold.pool.errors import CallTimeout, Fenced, OpenFailed, SessionClosed, UpstreamLost
+from leasehold.pool.line_stream import STREAM_BYTES, LineStream
 from leasehold.pool.link import Link, Reply, unfenced
 from leasehold.pool.reaper import Reaper, reaper
+from leasehold.pool.routing import BACKLOG_BYTES, BACKLOG_MESSAGES, Router
 from leasehold.pool.sse import STREAM_HEADERS as SSE
 from leasehold.pool.sse import event
 from leasehold.pool.stdio_lines import STRAY_LINE_CHARS, STRAY_LINES_PER_S, LineSplitter
 from leasehold.pool.stdio_link import StdioLink
-from leasehold.pool.stdio_routing import BACKLOG_BYTES, BACKLOG_MESSAGES, Router
-from leasehold.pool.stdio_stream import STREAM_BYTES, LineStream
 
 pytestmark = pytest.mark.anyio
 
@@ -264,7 +264,7 @@ async def test_a_server_may_still_answer_a_cancelled_request(link: StdioLink) ->
 
 
 async def test_a_cancelled_event_stream_ends_with_the_error(open_link: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdio_link, "CANCEL_GRACE_S", 0.05)
+    monkeypatch.setattr(duplex_link, "CANCEL_GRACE_S", 0.05)
     link = await open_link(commit_after=0.01)
     reply = await post(link, request("hold", 1, name="a"))
     await post(link, notification("notifications/cancelled", requestId=1))

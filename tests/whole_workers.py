@@ -29,6 +29,8 @@ class Upstream:
     counts: dict[str, int] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     cookies: list[str] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
+    """Of every request of a session, in order; "" for one without."""
 
     async def serve(self, request: web.Request) -> web.Response:
         session = request.headers.get("mcp-session-id", "")
@@ -46,6 +48,7 @@ class Upstream:
             return web.Response(status=404)
         self.counts[session] += 1
         self.cookies.append(request.headers.get("cookie", ""))
+        self.authorizations.append(request.headers.get("authorization", ""))
         return self.answer(message, {"count": self.counts[session]}, session, {"set-cookie": "pin=2; Path=/"})
 
     def answer(self, message: Any, result: Any, session: str, headers: dict[str, str]) -> web.Response:
@@ -91,6 +94,11 @@ class Client:
     server: str = "counter"
     session_id: str = ""
     ids: Any = field(default_factory=lambda: itertools.count(1))
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """Sent with every request, besides those of the protocol."""
+    peer: tuple[str, int] | None = ("127.0.0.1", 50_000)
+    answered: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """The headers of the last answer."""
 
     @property
     def key(self) -> str:
@@ -106,7 +114,7 @@ class Client:
         return message["result"]["count"]
 
     async def send(self, method: str, call: str = "", params: Any = None) -> tuple[int, Any]:
-        """(status, decoded body) of one request."""
+        """(status, body) of one request: decoded if it is JSON, the bytes of a stream."""
         body = b""
         if method == "POST":
             body = orjson.dumps({"jsonrpc": "2.0", "id": next(self.ids), "method": call, "params": params})
@@ -114,10 +122,12 @@ class Client:
             (b"host", b"localhost"),
             (b"content-type", b"application/json"),
             (b"accept", b"application/json, text/event-stream"),
+            *self.headers,
         ]
         if self.session_id:
             headers.append((b"mcp-session-id", self.session_id.encode()))
         scope = {"type": "http", "method": method, "path": f"/servers/{self.server}/mcp", "headers": headers}
+        scope |= {"client": self.peer, "server": ("127.0.0.1", 8333)}
         received: list[Any] = []
         waiting = [{"type": "http.request", "body": body}]
 
@@ -130,11 +140,13 @@ class Client:
             received.append(message)
 
         await self.worker({**scope, "query_string": b""}, receive, send)
-        for name, value in received[0]["headers"]:
+        self.answered = received[0]["headers"]
+        for name, value in self.answered:
             if name == b"mcp-session-id":
                 self.session_id = value.decode()
         answer = b"".join(message.get("body", b"") for message in received[1:])
-        return received[0]["status"], orjson.loads(answer) if answer else None
+        is_json = answer[:1] in (b"{", b"[")
+        return received[0]["status"], orjson.loads(answer) if is_json else answer or None
 
 
 async def _never() -> Any:

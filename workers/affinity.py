@@ -5,6 +5,7 @@
     owner unknown               -> looked up
     owner's lease has ended     -> taken over, and the same upstream session continued; pinned sessions end (404)
     no record                   -> 404, once absence is evidence; until then waited for, then 503
+                                   (a session that is shared: opened here, by whoever claims it first)
 
 A call that provably did not run is routed again, a bounded number of times. One that may have run is repeated only if
 it is safe.
@@ -15,20 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from ..coordinator import Fate, Member, Registration, SealError, SessionRecord, Unavailable
-from ..pool import Message, OpenFailed, PoolFull
+from ..pool import Message, PoolError
 from ..pool.jsonrpc import RequestId
+from ..pool.safety import is_safe_call
 from .answers import JSON, outcome_body, session_not_found, unavailable
 from .asgi import Receive, Scope, Send, respond
 from .errors import NotRun, OutcomeUnknown
 from .forwarder import Forwarder
 from .guard import Guard
-from .sessions import Owned, Sessions
+from .sessions import Opens, Owned, Sessions
 
 logger = logging.getLogger("leasehold.workers.affinity")
 
@@ -43,9 +44,6 @@ HOLD_MARGIN_S: Final = 0.5
 evidence."""
 MAX_ROUTES_KEPT: Final = 100_000
 
-SAFE_METHOD: Final = re.compile(r"ping|[a-z]+(/[a-z]+)*/(list|read|get)")
-"""Methods that change nothing, by their names in the specification."""
-
 
 @dataclass(slots=True)
 class Call:
@@ -56,6 +54,8 @@ class Call:
     message: Message | None
     body: bytes
     safe: bool
+    opens: Opens | None = None
+    """How its session is opened where there is none: sessions that are shared begin with the first call for them."""
 
     @property
     def id(self) -> RequestId | None:
@@ -147,20 +147,20 @@ class Affinity:
         """Who owns the session now; at most one look-up per session is under way. Raises `Refused`."""
         task = self._resolving.get(call.key)
         if task is None:
-            task = asyncio.ensure_future(self._find(call.key))
+            task = asyncio.ensure_future(self._find(call.key, call.opens))
             self._resolving[call.key] = task
             task.add_done_callback(lambda _: self._resolving.pop(call.key, None))
         try:
             found = await asyncio.shield(task)
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session's owner cannot be found", call.id) from error
-        except (OpenFailed, PoolFull) as error:
-            raise unavailable(str(error), call.id) from error
+        except PoolError as error:
+            raise unavailable(str(error), call.id, error.outcome) from error
         if found is None:
             raise session_not_found(call.id)
         return found
 
-    async def _find(self, key: str) -> Owned | Registration | None:
+    async def _find(self, key: str, opens: Opens | None) -> Owned | Registration | None:
         until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S
         while True:
             owned = self._sessions.get(key)
@@ -171,6 +171,8 @@ class Affinity:
                 return found
             if found.certain or (self._member.absence_counts() and await self._member.sees_known_node()):
                 decided = await self._absent(found.record)
+                if decided is None and opens is not None:
+                    decided = await self._sessions.open_shared(key, opens) or await self._look(key)
                 if not isinstance(decided, _Absent):
                     return decided
             if asyncio.get_running_loop().time() > until:
@@ -186,7 +188,9 @@ class Affinity:
         if not owner:
             return _Absent(record, certain=True)  # handed off
         if owner == member.incarnation:
-            # Ours by the record, not live here: it is being opened or closed at this moment.
+            # Ours by the record, not live here: it has just ended, and its record is about to go.
+            if self._sessions.has_ended(record):
+                return _Absent(None, certain=True)
             return self._sessions.get(key) or _Absent(record)
         fate = await member.fate(owner)
         if fate is not Fate.ALIVE:
@@ -225,7 +229,4 @@ def is_safe(message: Message | None, idempotent_tools: frozenset[str]) -> bool:
     """Whether a call may be repeated when its outcome is unknown. GET (None) may: it only listens."""
     if message is None:
         return True
-    if message.method == "tools/call":
-        name = message.params.get("name")
-        return isinstance(name, str) and name in idempotent_tools
-    return message.kind == "request" and SAFE_METHOD.fullmatch(message.method or "") is not None
+    return message.kind == "request" and is_safe_call(message.method or "", message.params, idempotent_tools)

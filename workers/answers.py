@@ -60,6 +60,11 @@ def unavailable(message: str, id: RequestId | None = None, outcome: Outcome = "n
     return Refused(503, message, code=SERVER_ERROR, id=id, data={"outcome": outcome}, headers=retry)
 
 
+def too_large(limit: int) -> Refused:
+    """413; `limit` in bytes."""
+    return Refused(413, f"Payload too large: at most {limit} bytes")
+
+
 def unsupported_version(requested: str, supported: tuple[str, ...], id: RequestId | None = None) -> Refused:  # noqa: A002
     """400 with the versions that are spoken here, which is how clients of the newer era fall back to `initialize`."""
     return Refused(

@@ -18,7 +18,7 @@ from rich.table import Table
 from .. import __version__
 from ..coordinator import CoordinatorError, Directory, Keys, RedisClients, SessionRecord, list_peers
 from ..coordinator.embedded import EmbeddedRedisError
-from ..pool import Config, ConfigError, HttpTarget, load_config
+from ..pool import Config, ConfigError, load_config
 from .errors import ServeError
 from .logs import configure_logs
 from .settings import Settings, SettingsError, load_settings
@@ -179,7 +179,7 @@ def check_config(config: ConfigPath = None, as_json: Json = False) -> None:
     rows = [
         {
             "server": name,
-            "type": "http" if isinstance(upstream.target, HttpTarget) else "stdio",
+            "type": upstream.target.transport,
             "affinity": upstream.affinity,
             "target": repr(upstream.target),
         }

@@ -41,11 +41,7 @@ class Door:
         if origin is not None and not self._origin_allowed(origin.decode("latin-1").lower(), host):
             raise Refused(403, "Forbidden: this Origin may not call")
         if self.tokens and not self._token_valid(header(headers, b"authorization") or b""):
-            raise Refused(
-                401,
-                "Unauthorized: a bearer token is needed",
-                headers=[(b"www-authenticate", b'Bearer realm="leasehold"')],
-            )
+            raise unauthorized("a bearer token is needed")
 
     def _host_allowed(self, host: str) -> bool:
         if self.hosts:
@@ -65,11 +61,28 @@ class Door:
         return own or (self.loopback_only and _name(parts.netloc) in LOOPBACK)
 
     def _token_valid(self, authorization: bytes) -> bool:
-        scheme, _, token = authorization.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
+        token = bearer(authorization)
         # Every token is compared: the time tells nothing about which one, or whether any, was close.
-        return sum(hmac.compare_digest(token.strip(), known) for known in self.tokens) > 0
+        return token is not None and sum(hmac.compare_digest(token, known) for known in self.tokens) > 0
+
+
+def unauthorized(reason: str, error: str | None = None) -> Refused:
+    """401; `error` is one of RFC 6750, for who has said who he is."""
+    challenge = 'Bearer realm="leasehold"'
+    if error is not None:
+        challenge = f'Bearer error="{error}", error_description="{reason}", realm="leasehold"'
+    return Refused(401, f"Unauthorized: {reason}", headers=[(b"www-authenticate", challenge.encode())])
+
+
+def bearer(authorization: bytes) -> bytes | None:
+    """The token in the value of an `Authorization` header; None for another scheme."""
+    scheme, _, token = authorization.partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else None
+
+
+def all_of(headers: Headers, name: bytes) -> list[bytes]:
+    """Every value of a header (`name` in lower case) that who calls depends on, and that must not be there twice."""
+    return [value.strip() for key, value in headers if key == name]
 
 
 def _name(netloc: str) -> str:

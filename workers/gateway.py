@@ -1,12 +1,9 @@
 """The gateway: the ASGI application of a worker.
 
-    /servers/{name}/mcp   streamable HTTP, one upstream session per client session
-    /healthz              200 while the process lives
-    /readyz               200 once it may take requests, 503 while it starts or drains
-    /metrics              Prometheus, all workers of the process group
-
-The same application runs what arrives by a hop: `leasehold.hop` in the scope says so, and the door was passed at the
-other end.
+/servers/{name}/mcp   streamable HTTP, one upstream session per client session
+/healthz              200 while the process lives
+/readyz               200 once it may take requests, 503 while it starts or drains
+/metrics              Prometheus, all workers of the process group
 """
 
 from __future__ import annotations
@@ -19,9 +16,8 @@ import anyio
 import orjson
 
 from ..coordinator import session_key
-from ..coordinator.frames import RequestHead
-from ..pool import Message, SessionClosed, SessionPool, Upstream, parse
-from ..pool.jsonrpc import INVALID_REQUEST, InvalidMessage
+from ..pool import Message, SessionPool, Upstream
+from ..pool.jsonrpc import INVALID_REQUEST
 from ..pool.sse import event
 from . import door
 from .affinity import Affinity, Call, is_safe
@@ -33,19 +29,20 @@ from .answers import (
     internal_error_body,
     outcome_body,
     session_not_found,
+    too_large,
     unavailable,
     unsupported_version,
 )
-from .asgi import Headers, Receive, Scope, Send, header, read_body, respond
+from .asgi import Receive, Scope, Send, header, read_body, respond
 from .eras import Eras
 from .errors import BodyTooLarge, BrokenOff, Disconnected, NotRun
-from .exchange import HOP
 from .guard import Guard
-from .identity import Identity
+from .identity import Caller, Identity
 from .keepalive import StreamKeeper
 from .opening import Opening
-from .relay import relay_delete, relay_get, relay_post
-from .sessions import Owned, Sessions
+from .relay import relay_get, relay_post
+from .sessions import Sessions
+from .shared_edge import SharedEdge
 from .telemetry import Telemetry
 
 logger = logging.getLogger("leasehold.workers.gateway")
@@ -56,15 +53,14 @@ METHODS: Final = b"POST, GET, DELETE"
 
 
 class Gateway:
-    """One worker's application. `affinity` is set once the forwarder exists: they know each other."""
-
-    affinity: Affinity
+    """One worker's application."""
 
     def __init__(
         self,
         upstreams: Mapping[str, Upstream],
         pool: SessionPool,
         sessions: Sessions,
+        affinity: Affinity,
         identity: Identity,
         entry: door.Door,
         keeper: StreamKeeper,
@@ -75,13 +71,14 @@ class Gateway:
     ) -> None:
         self._upstreams = upstreams
         self._pool = pool
-        self._sessions = sessions
+        self._affinity = affinity
         self._identity = identity
         self._door = entry
         self._keeper = keeper
         self._telemetry = telemetry
         self._opening = Opening(sessions, identity, max_body_bytes=max_body_bytes)
         self._eras = Eras()
+        self._shared = SharedEdge(pool, identity, affinity)
         self._max_body_bytes = max_body_bytes
         self._max_waiting = max_waiting
         self._listening: set[anyio.CancelScope] = set()
@@ -92,10 +89,6 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return
-        head: RequestHead | None = scope.get(HOP)
-        if head is not None:
-            await self._serve_hop(head, scope, receive, send)
             return
         path = scope["path"].removesuffix("/")
         if path.startswith(PREFIX) and path.endswith(SUFFIX):
@@ -133,6 +126,7 @@ class Gateway:
         request_id = None
         try:
             self._door.check(scope["headers"])
+            caller = await self._identity.caller(scope)
             upstream = self._upstreams.get(name)
             if upstream is None:
                 raise Refused(404, f"Unknown server: {name[:64]!r}")
@@ -142,16 +136,16 @@ class Gateway:
                 request_id = message.id
                 guard.request = message
             if message is None and scope["method"] == "GET":
-                await self._listen(upstream, version, scope, receive, guard)
+                await self._listen(upstream, caller, version, scope, receive, guard)
             else:
-                await self._route(upstream, version, message, body, scope, receive, guard)
+                await self._route(upstream, caller, version, message, body, scope, receive, guard)
         except Refused as refusal:
             refusal.id = refusal.id if refusal.id is not None else request_id
             await refusal.send(guard.send)
         except NotRun:
             await unavailable("This worker is stopping", request_id).send(guard.send)
         except BodyTooLarge as error:
-            await _too_large(error).send(guard.send)
+            await too_large(error.limit).send(guard.send)
         except Disconnected:
             pass
         except BrokenOff as error:
@@ -174,14 +168,14 @@ class Gateway:
             scope.cancel()
 
     async def _listen(
-        self, upstream: Upstream, version: str | None, scope: Scope, receive: Receive, guard: Guard
+        self, upstream: Upstream, caller: Caller, version: str | None, scope: Scope, receive: Receive, guard: Guard
     ) -> None:
         if self._ending:
             raise unavailable("This worker is stopping")
         with anyio.CancelScope() as listening:
             self._listening.add(listening)
             try:
-                await self._route(upstream, version, None, b"", scope, receive, guard)
+                await self._route(upstream, caller, version, None, b"", scope, receive, guard)
             finally:
                 self._listening.discard(listening)
         if listening.cancelled_caught:
@@ -205,6 +199,7 @@ class Gateway:
     async def _route(
         self,
         upstream: Upstream,
+        caller: Caller,
         version: str | None,
         message: Message | None,
         body: bytes,
@@ -217,20 +212,23 @@ class Gateway:
         is_unknown = version is not None and version not in HANDSHAKE_VERSIONS + STATELESS_VERSIONS
         if version is not None and is_unknown and (session_id is not None or message is None or initializes):
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
-        if message is not None and initializes and session_id is None:
+        if upstream.affinity != "session":
+            if initializes and not self.ready:
+                raise unavailable("This worker takes no new sessions")
+            await self._shared.route(upstream, caller, version, message, body, scope, receive, guard)
+        elif message is not None and initializes and session_id is None:
             # Whatever version its header names: an upstream that takes it opens a session.
             if not self.ready:
                 raise unavailable("This worker takes no new sessions")
-            await self._opening.open(upstream, message, body, scope["headers"], receive, guard.send)
+            await self._opening.open(upstream, caller, message, body, scope["headers"], receive, guard.send)
         elif version is not None and version not in HANDSHAKE_VERSIONS:
             await self._serve_stateless_era(upstream, version, message, body, scope, receive, guard)
         elif session_id is not None:
-            credential = header(scope["headers"], b"authorization") or b""
-            if not self._identity.issued(session_id, upstream.name, credential):
+            if not self._identity.issued(session_id, upstream.name, caller.bound):
                 raise session_not_found()
             safe = is_safe(message, upstream.idempotent_tools)
             call = Call(session_key(session_id.decode()), scope, message, body, safe)
-            await self.affinity.dispatch(call, receive, guard)
+            await self._affinity.dispatch(call, receive, guard)
         else:
             await self._serve_sessionless(upstream, message, body, scope, receive, guard.send)
 
@@ -243,44 +241,6 @@ class Gateway:
         if guard.request is not None:
             last = b"\n\n" + event(outcome_body(message, "unknown", guard.request.id))
         await guard.send({"type": "http.response.body", "body": last, "more_body": False})
-
-    # -- sessions --------------------------------------------------------------------------------------------------
-
-    async def serve_owned(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
-        """Run a call on a session owned here."""
-        headers: Headers = call.scope["headers"]
-        with owned.session as session:
-            try:
-                link = session.link
-            except SessionClosed:
-                raise NotRun("closed") from None
-            if call.message is not None:
-                await relay_post(link, call.message, call.body, headers, receive, send)
-            elif call.scope["method"] == "GET":
-                await relay_get(link, headers, receive, send, adopted=owned.adopted)
-            else:
-                status = await relay_delete(link, headers, receive, send)
-                if 200 <= status < 300 or status == 404:
-                    self._sessions.end(owned, "client")
-
-    async def _serve_hop(self, head: RequestHead, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request that another worker forwarded; admission was checked in the turn it was read in.
-
-        Raises `NotRun` when the session has closed since: it may be found elsewhere by now.
-        """
-        owned = self._sessions.get(head.session)
-        if owned is None:
-            raise NotRun("closed")
-        try:
-            body = await read_body(scope["headers"], receive, self._max_body_bytes)
-            message = parse(body) if scope["method"] == "POST" else None
-            await self.serve_owned(owned, Call(head.session, scope, message, body, safe=False), receive, send)
-        except InvalidMessage as error:
-            await Refused(400, str(error), code=error.code).send(send)
-        except BodyTooLarge as error:
-            await _too_large(error).send(send)
-        except Refused as refusal:
-            await refusal.send(send)
 
     # -- requests without a session --------------------------------------------------------------------------------
 
@@ -317,7 +277,3 @@ class Gateway:
             await relay_get(link, scope["headers"], receive, send, adopted=False)
         else:
             await relay_post(link, message, body, scope["headers"], receive, send)
-
-
-def _too_large(error: BodyTooLarge) -> Refused:
-    return Refused(413, f"Payload too large: at most {error.limit} bytes")

@@ -12,14 +12,14 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 
 from ..coordinator import Unavailable, session_key
-from ..pool import Fenced, HttpLink, HttpTarget, Link, Message, PoolError, PoolFull, Upstream, UpstreamLost, parse
+from ..pool import CircuitOpen, Fenced, HttpTarget, Link, Message, PoolError, PoolFull, Upstream, UpstreamLost, parse
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.link import Reply
 from ..pool.sse import EventSplitter
 from .answers import JSON, outcome_body, unavailable
-from .asgi import Headers, Receive, Send, has_left, header, is_event_stream, respond, until_disconnect
+from .asgi import Headers, Receive, Send, has_left, is_event_stream, respond, until_disconnect
 from .errors import Disconnected
-from .identity import Identity
+from .identity import Caller, Identity
 from .sessions import Owned, Sessions
 
 LAST_EVENT_S: Final = 0.05
@@ -36,22 +36,26 @@ class Opening:
         self._registering: set[asyncio.Task[None]] = set()
 
     async def open(
-        self, upstream: Upstream, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send
+        self,
+        upstream: Upstream,
+        caller: Caller,
+        message: Message,
+        body: bytes,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Answer `initialize`, with the id of a new session if the upstream agrees.
 
         Raises `Refused` and `Disconnected`.
         """
-        credential = header(headers, b"authorization") or b""
-        session_id = self._identity.mint(upstream.name, credential)
+        session_id = self._identity.mint(upstream.name, caller.bound)
         owned: Owned | None = None
         registering: asyncio.Task[None] | None = None
         reason = "unregistered"
         try:
             with until_disconnect(receive):
-                owned = await self._sessions.open(
-                    session_key(session_id), upstream, self._identity.principal(credential)
-                )
+                owned = await self._sessions.open(session_key(session_id), upstream, caller.principal)
                 with owned.session as session:
                     reply, answer, version = await self._ask(session.link, message, body, headers)
             link = owned.session.link
@@ -60,8 +64,7 @@ class Opening:
             elif link.resume is None and isinstance(upstream.target, HttpTarget):
                 reason = "stateless"  # the upstream hands out no session id: any worker can serve its client
             else:
-                if isinstance(link, HttpLink):
-                    link.negotiated(version)
+                link.negotiated(version)
                 registering = self._register(owned)
                 await asyncio.shield(registering)
                 if await has_left(receive):
@@ -72,7 +75,7 @@ class Opening:
                 reason = ""
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session cannot be registered", message.id) from error
-        except (PoolFull, Fenced) as error:
+        except (PoolFull, Fenced, CircuitOpen) as error:
             raise unavailable(str(error), message.id) from error
         except PoolError as error:
             await respond(send, 502, outcome_body(str(error), error.outcome, message.id), JSON)

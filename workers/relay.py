@@ -7,11 +7,12 @@ failure only, told as a JSON-RPC error that says whether it may have run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
+from ..pool.sharing import Posts
 from ..pool.sse import STREAM_HEADERS, event
 from .answers import JSON, pool_error_body, unavailable
 from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect
@@ -23,7 +24,9 @@ GET_RETRY_FOR_S: Final = 10.0
 """How long an adopter goes on asking for the GET stream: a frozen owner may still hold it until its fence."""
 
 
-async def relay_post(link: Link, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send) -> None:
+async def relay_post(
+    link: Posts, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send
+) -> None:
     """Send one message and stream the reply.
 
     Raises `NotRun`, `Refused`, `Disconnected`, and `BrokenOff` after a reply had begun.
@@ -45,6 +48,11 @@ async def relay_delete(link: Link, headers: Headers, receive: Receive, send: Sen
             raise _refusal(error) from error
         await _stream(reply, None, send)
     return reply.status
+
+
+async def stream_out(events: AsyncGenerator[bytes, None], send: Send) -> None:
+    """A 200 with a stream of server-sent events of our own."""
+    await _stream(Reply(200, list(STREAM_HEADERS), events), None, send)
 
 
 async def _open_stream(link: Link, headers: Headers) -> Reply:

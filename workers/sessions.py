@@ -12,13 +12,15 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 
 from ..coordinator import Claimed, Keyring, Member, Registration, SealError, SessionRecord, Unavailable
 from ..coordinator.frames import RequestHead
-from ..pool import Fenced, PooledSession, ResumeRecord, SessionPool, Upstream
+from ..pool import Fenced, PooledSession, PoolError, ResumeRecord, SessionPool, Upstream
+from ..pool.link import Headers
+from ..pool.session import Handshake
 
 logger = logging.getLogger("leasehold.workers.sessions")
 
@@ -34,6 +36,18 @@ GET_CONFLICT_S: Final = 10.0
 """How long after an adoption the previous owner may still hold the session's GET stream."""
 
 
+@dataclass(frozen=True, slots=True)
+class Opens:
+    """How a shared session is opened and initialized, by the worker that claims it."""
+
+    upstream: Upstream
+    principal: str
+    params: dict[str, Any]
+    """Of `initialize`."""
+    headers: Headers
+    """Of the caller who opens it: credentials, where they are forwarded."""
+
+
 @dataclass(slots=True)
 class Owned:
     """A session and the registration under which this worker owns it; None until the first claim."""
@@ -47,6 +61,8 @@ class Owned:
     sealed: ResumeRecord | None = None
     """The resume record as Redis has it."""
     adopted_at: float = float("-inf")
+    relay: Any = None
+    """What serves the clients of a session that is shared (`serving.py`)."""
 
     @property
     def adopted(self) -> bool:
@@ -80,6 +96,10 @@ class Sessions:
         """The session of that key if it is owned here and can take calls."""
         owned = self._owned.get(key)
         return None if owned is None or owned.session.is_closed else owned
+
+    def has_ended(self, record: SessionRecord) -> bool:
+        """Whether this is the record of a session that has ended here, and is to go."""
+        return record.key not in self._owned and self._unreleased.get(record.key) == record.registration
 
     def all(self) -> list[Owned]:
         return list(self._owned.values())
@@ -121,6 +141,42 @@ class Sessions:
             self.due.set()
             raise Unavailable("claim: the session ended while it was registered")
         self._note(owned, claimed.registration)
+
+    async def open_shared(self, key: str, opens: Opens) -> Owned | None:
+        """Claim a shared session and begin to open it; None when another worker was quicker.
+
+        The claim comes first: of any number of first callers on any workers, one opens a session upstream. Who comes
+        meanwhile waits for it here. Raises `Unavailable` and `PoolFull`.
+        """
+        if self.draining:
+            raise Unavailable("this worker takes no more sessions")
+        upstream, member = opens.upstream, self._member
+        created_ms = member.clock.time_ms()
+        registration = Registration(member.incarnation, 0)
+        record = SessionRecord(key, registration, upstream.name, opens.principal, created_ms, None)
+        await self._release_one(key)  # of the one before, where that has just ended here
+        self.doubt(key)
+        claimed = await member.directory.claim(record, self._ttl(upstream))
+        self._unreleased.pop(key, None)
+        if not claimed.won or claimed.registration is None:
+            return None
+
+        handshake = self._pool.handshake(upstream, opens.principal, opens.params, opens.headers)
+        try:
+            owned = self._begin(key, upstream, opens.principal, handshake=handshake)
+        except PoolError:
+            self._unreleased[key] = claimed.registration
+            self.due.set()
+            raise
+        owned.created_ms = created_ms
+        self._note(owned, claimed.registration)
+        return owned
+
+    async def opened(self, owned: Owned) -> None:
+        """Wait for a shared session that is being opened, and have its resume record written. Raises `PoolError`."""
+        await owned.session.wait_open()
+        if owned.sealed != owned.session.resume:
+            self.due.set()
 
     def doubt(self, key: str) -> None:
         """A record may come to stand in our name without our knowing: it is to go, unless its session is owned."""
@@ -262,16 +318,23 @@ class Sessions:
                 owned.sealed = resumes[owned.session.key]
 
     async def _release_ended(self) -> None:
-        for key, registration in list(self._unreleased.items()):
-            if key in self._owned:
-                continue  # being registered
-            if registration.epoch == 0:  # a claim whose answer was lost: whatever stands in that name is ours
-                record = await self._member.directory.look_up(key)
-                if record is not None and record.registration.owner == registration.owner:
-                    await self._member.directory.release(key, record.registration)
-            else:
-                await self._member.directory.release(key, registration)
-            self._unreleased.pop(key, None)
+        for key in list(self._unreleased):
+            if key not in self._owned:  # else it is being registered
+                await self._release_one(key)
+
+    async def _release_one(self, key: str) -> None:
+        registration = self._unreleased.get(key)
+        if registration is None:
+            return
+        directory = self._member.directory
+        if registration.epoch == 0:  # a claim whose answer was lost: whatever stands in that name is ours
+            record = await directory.look_up(key)
+            if record is not None and record.registration.owner == registration.owner:
+                await directory.release(key, record.registration)
+        else:
+            await directory.release(key, registration)
+        if self._unreleased.get(key) == registration:
+            del self._unreleased[key]
 
     def _note(self, owned: Owned, registration: Registration) -> None:
         owned.registration = registration
@@ -291,6 +354,23 @@ class Sessions:
     # -- opening and records ---------------------------------------------------------------------------------------
 
     async def _open(self, key: str, upstream: Upstream, principal: str, resume: ResumeRecord | None) -> Owned:
+        owned = self._begin(key, upstream, principal, resume=resume)
+        try:
+            await owned.session.wait_open()
+        except BaseException:
+            owned.session.close("open_failed")
+            raise
+        return owned
+
+    def _begin(
+        self,
+        key: str,
+        upstream: Upstream,
+        principal: str,
+        *,
+        resume: ResumeRecord | None = None,
+        handshake: Handshake | None = None,
+    ) -> Owned:
         owned: Owned | None = None
 
         def fence() -> None:
@@ -298,7 +378,7 @@ class Sessions:
             if not held:
                 raise Fenced("this worker's lease may have ended")
 
-        session = await self._pool.open(key, upstream, principal, fence=fence, resume=resume)
+        session = self._pool.begin(key, upstream, principal, fence=fence, resume=resume, handshake=handshake)
         owned = self._owned[key] = Owned(session)
         return owned
 
@@ -316,15 +396,15 @@ class Sessions:
         )
 
     def _seal(self, key: str, resume: ResumeRecord) -> bytes:
-        plain = orjson.dumps([resume.session_id, resume.protocol_version, resume.cookies])
+        plain = orjson.dumps([resume.session_id, resume.protocol_version, resume.cookies, resume.initialize_result])
         return self._keyring.seal_record(plain, key.encode())
 
     def _unseal(self, key: str, sealed: bytes) -> ResumeRecord:
         try:
-            session_id, version, cookies = orjson.loads(self._keyring.open_record(sealed, key.encode()))
+            session_id, version, cookies, result = orjson.loads(self._keyring.open_record(sealed, key.encode()))
         except (ValueError, TypeError) as error:
             raise SealError("resume record") from error
-        return ResumeRecord(session_id, version, cookies)
+        return ResumeRecord(session_id, version, cookies, result)
 
     def _ttl(self, upstream: Upstream) -> int:
         return int(upstream.idle_ttl_s * 1000 * RECORD_TTL)

@@ -146,7 +146,7 @@ class Supervisor:
         shown = f"[{host}]" if ":" in host else host
         for name in self._config.servers:
             logger.info("serving server=%s url=http://%s:%d/servers/%s/mcp", name, shown, port, name)
-        if not self._settings.tokens and host not in ("127.0.0.1", "::1"):
+        if self._settings.is_open and host not in ("127.0.0.1", "::1"):
             logger.warning(
                 "open_to_all host=%s: set LEASEHOLD_TOKENS, or whoever reaches it can use every server", shown
             )

@@ -38,4 +38,5 @@ async def roots(context: Context) -> str:
     return f"{len(result.roots)} roots"
 
 
-server.run("stdio")
+if __name__ == "__main__":
+    server.run("stdio")

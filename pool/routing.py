@@ -1,8 +1,8 @@
-"""Which client stream gets which message of a stdio server: synchronous, without I/O.
+"""Which client stream gets which message of a server with one output for everything (stdio, SSE): synchronous, no I/O.
 
-A stdio server has one output for everything. A response names its request and a progress notification its token; any
-other message names nobody, and goes to the only request in flight, else to the GET stream, else to the oldest open
-request stream, else into a backlog that the next stream to open receives.
+A response names its request and a progress notification its token; any other message names nobody, and goes to the
+only request in flight, else to the GET stream, else to the oldest open request stream, else into a backlog that the
+next stream to open receives.
 
 A request whose client has left, or waited too long, is still in flight at the server. Its id stays taken until its
 late response came, which is then dropped: a reused id would hand the old answer to the new request.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .errors import UpstreamLost
 from .jsonrpc import Message, RequestId
-from .stdio_stream import LineStream
+from .line_stream import LineStream
 
 BACKLOG_MESSAGES = 256
 BACKLOG_BYTES = 8 << 20

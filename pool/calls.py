@@ -1,0 +1,145 @@
+"""One call over a link: a request of our own, and the one answer to it read out of a reply."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any, Final
+
+import orjson
+
+from .errors import PoolError, UpstreamLost, UpstreamRefused
+from .jsonrpc import InvalidMessage, Message, RequestId, classify, parse
+from .link import Headers, Link, Reply
+from .sse import EventSplitter, is_event_stream
+
+MAX_ANSWER: Final = 64 * 1024 * 1024
+"""Bytes of an answer, or of one event, above which a call is given up: it is held in memory."""
+LAST_EVENT_S: Final = 0.05
+"""How long an event stream that has given the answer may take to end, so that its connection can be used again."""
+
+JSON_HEADERS: Final[Headers] = [
+    (b"accept", b"application/json, text/event-stream"),
+    (b"content-type", b"application/json"),
+]
+
+OnMessage = Callable[[Message], Awaitable[None]]
+"""Takes what else comes on the stream of an answer: notifications, and requests of the server."""
+
+
+def request(id: RequestId, method: str, params: dict[str, Any] | None = None) -> tuple[Message, bytes]:  # noqa: A002
+    """A JSON-RPC request: its head and its bytes."""
+    payload: dict[str, Any] = {"jsonrpc": "2.0", "id": id, "method": method}
+    if params is not None:
+        payload["params"] = params
+    return Message("request", method, id, payload), orjson.dumps(payload)
+
+
+def notification(method: str, params: dict[str, Any] | None = None) -> tuple[Message, bytes]:
+    """A JSON-RPC notification: its head and its bytes."""
+    payload: dict[str, Any] = {"jsonrpc": "2.0", "method": method}
+    if params is not None:
+        payload["params"] = params
+    return Message("notification", method, None, payload), orjson.dumps(payload)
+
+
+async def call(
+    link: Link,
+    method: str,
+    params: dict[str, Any] | None = None,
+    *,
+    id: RequestId,  # noqa: A002
+    headers: Headers = JSON_HEADERS,
+) -> Message:
+    """Ask, and return the response, which may be a JSON-RPC error. Raises `PoolError`."""
+    message, body = request(id, method, params)
+    return await answer(await link.post(message, body, headers), id)
+
+
+async def notify(
+    link: Link, method: str, params: dict[str, Any] | None = None, *, headers: Headers = JSON_HEADERS
+) -> None:
+    """Tell. Raises `PoolError`, `UpstreamRefused` where the upstream did not take it."""
+    message, body = notification(method, params)
+    reply = await link.post(message, body, headers)
+    await reply.chunks.aclose()
+    if not 200 <= reply.status < 300:
+        raise UpstreamRefused(reply.status)
+
+
+async def answer(reply: Reply, id: RequestId, on_message: OnMessage | None = None) -> Message:  # noqa: A002
+    """Read a reply as far as the response with that id; what else is on its stream goes to `on_message`.
+
+    Raises `UpstreamRefused` for a status that is no success and no JSON-RPC error either, and `UpstreamLost` for a
+    stream that ends, or a body that is complete, without the response.
+    """
+    async with aclosing(reply.chunks) as chunks:
+        if is_event_stream(reply.headers):
+            return await _from_events(reply, id, on_message)
+        body = await anext(chunks, b"")
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_ANSWER:
+                raise UpstreamLost(f"the answer is larger than {MAX_ANSWER} bytes")
+    try:
+        message = parse(body)
+    except InvalidMessage:
+        message = None
+    if message is not None and message.kind == "response" and message.id in (id, None):
+        if 200 <= reply.status < 300 and message.id == id:
+            return message
+        if "error" in message.payload and reply.status not in (401, 403, 404):
+            return message  # refused in words: the error is the answer
+    if not 200 <= reply.status < 300:
+        raise UpstreamRefused(reply.status)
+    raise UpstreamLost("the upstream's answer is no JSON-RPC response to the call")
+
+
+@asynccontextmanager
+async def session_stream(
+    link: Link, headers: Headers
+) -> AsyncGenerator[tuple[int, AsyncGenerator[Message, None]], None]:
+    """Open the stream of messages that belong to no request: its status, and the messages. Raises `PoolError`."""
+    reply = await link.get([(b"accept", b"text/event-stream"), *headers])
+    messages = _messages(reply)
+    try:
+        yield reply.status, messages
+    finally:
+        await messages.aclose()
+        await reply.chunks.aclose()
+
+
+async def _messages(reply: Reply) -> AsyncGenerator[Message, None]:
+    splitter = EventSplitter(MAX_ANSWER)
+    async for chunk in reply.chunks:
+        for data in splitter.feed(chunk):
+            with suppress(InvalidMessage, ValueError, AttributeError):
+                yield classify(orjson.loads(data))
+
+
+async def _from_events(reply: Reply, id: RequestId, on_message: OnMessage | None) -> Message:  # noqa: A002
+    if not 200 <= reply.status < 300:
+        raise UpstreamRefused(reply.status)
+    splitter = EventSplitter(MAX_ANSWER)
+    found: Message | None = None
+    async for chunk in reply.chunks:
+        for data in splitter.feed(chunk):
+            try:
+                # orjson accepts what it reads once; a server's own NaN is that event's loss only.
+                message = classify(orjson.loads(data))
+            except (InvalidMessage, ValueError, AttributeError):
+                continue
+            if message.kind == "response":
+                if message.id == id:
+                    found = message
+            elif on_message is not None:
+                await on_message(message)
+        if found is not None:
+            # The stream should end now. If it does not, nothing more is waited for.
+            with suppress(TimeoutError, PoolError):
+                async with asyncio.timeout(LAST_EVENT_S):
+                    async for _ in reply.chunks:
+                        pass
+            return found
+    raise UpstreamLost("the upstream's answer ended before the response")

@@ -1,0 +1,61 @@
+"""A link behind its upstream's circuit breaker: each request asks for leave, and says how it ended."""
+
+from __future__ import annotations
+
+from .breaker import TRANSPORT_FAILURES
+from .breakers import Breakers
+from .jsonrpc import Message
+from .link import Headers, Link, Reply, ResumeRecord
+
+
+class GuardedLink:
+    """A `Link` whose requests are not made while the circuit is open: they raise `CircuitOpen`, and did not run."""
+
+    __slots__ = ("_breakers", "_upstream", "inner")
+
+    def __init__(self, inner: Link, breakers: Breakers, upstream: str) -> None:
+        self.inner = inner
+        self._breakers = breakers
+        self._upstream = upstream
+
+    def __repr__(self) -> str:
+        return f"<GuardedLink of {self.inner!r}>"
+
+    @property
+    def is_closed(self) -> bool:
+        return self.inner.is_closed
+
+    @property
+    def resume(self) -> ResumeRecord | None:
+        return self.inner.resume
+
+    def negotiated(self, protocol_version: str) -> None:
+        self.inner.negotiated(protocol_version)
+
+    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
+        permit = await self._breakers.admit(self._upstream)
+        try:
+            reply = await self.inner.post(message, body, headers)
+        except TRANSPORT_FAILURES:
+            # A process or stream that dies under a hundred calls has failed once.
+            permit.failed(event=None if self.resume is not None else id(self.inner))
+            raise
+        except BaseException:
+            permit.abandoned()
+            raise
+        permit.succeeded()  # it answers; how long that takes is no matter here
+        return reply
+
+    async def get(self, headers: Headers) -> Reply:
+        permit = await self._breakers.admit(self._upstream)
+        with permit:
+            return await self.inner.get(headers)
+
+    async def delete(self, headers: Headers) -> Reply:
+        return await self.inner.delete(headers)
+
+    async def wait_closed(self) -> None:
+        await self.inner.wait_closed()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()

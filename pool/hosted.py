@@ -1,0 +1,41 @@
+"""A `ClientSession` in a task of its own, so that whoever uses it may do so, and end it, from any task."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mcp import ClientSession
+
+
+class HostedClient:
+    """Enters a client, keeps it entered until `aclose`, and leaves it: all in one task."""
+
+    def __init__(self, client: ClientSession) -> None:
+        self._client = client
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ending = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="leasehold-client")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether what the server sends is taken."""
+        return self._ready.done()
+
+    async def wait_ready(self) -> None:
+        """Return when it is ready; the caller may be cancelled."""
+        await asyncio.shield(self._ready)
+
+    async def aclose(self) -> None:
+        """End its tasks; callbacks that still run are cancelled."""
+        self._ending.set()
+        await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        try:
+            async with self._client:
+                self._ready.set_result(None)
+                await self._ending.wait()
+        except Exception as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)

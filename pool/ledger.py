@@ -1,0 +1,422 @@
+"""The pool's books: who holds which session, who waits, what is being opened, and the limits. Synchronous and pure.
+
+Every event that happens to the pool is one method. It changes the books and returns the effects to perform, which
+the pool then does; so there is no moment at which a count and what it counts differ, whatever is cancelled where.
+
+    session:  opening --opened--> lent or idle --acquire/release--> ... --> closing --ended--> (forgotten)
+
+A session counts from the decision to open it until it has ended. Sessions of one slot can stand in for one another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, NamedTuple, TypeVar
+
+from .errors import PoolFull
+
+S = TypeVar("S", bound=Hashable)
+"""A session, by identity."""
+W = TypeVar("W", bound=Hashable)
+"""Somebody who waits for one, by identity."""
+K = TypeVar("K")
+
+
+class Slot(NamedTuple):
+    """What sessions must have in common to stand in for one another. `kind`: credentials and capabilities."""
+
+    upstream: str
+    principal: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many sessions an upstream may have. None: no limit beside the others."""
+
+    sessions: int
+    per_principal: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Open a session of this slot; then tell `opened`, `open_failed` or `open_forgone`."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Grant(Generic[S, W]):
+    """Give a session to somebody who waited for it."""
+
+    waiter: W
+    session: S
+
+
+@dataclass(frozen=True, slots=True)
+class Fail(Generic[W]):
+    """Tell somebody that the session opened for them could not be."""
+
+    waiter: W
+
+
+@dataclass(frozen=True, slots=True)
+class Close(Generic[S]):
+    """Close a session; then tell `ended`."""
+
+    session: S
+    reason: str
+
+
+Scope = Slot | tuple[str, str] | str | None
+"""A slot; an upstream and principal; an upstream; all."""
+
+Effect = Open | Grant[S, W] | Fail[W] | Close[S]
+Effects = list[Open | Grant[S, W] | Fail[W] | Close[S]]
+
+
+class Place(Enum):
+    """Where a session is."""
+
+    IDLE = "idle"
+    LENT = "lent"
+    KEPT = "kept"
+    """Held under a key of its own, and never lent to anybody who does not name it."""
+    CLOSING = "closing"
+
+
+@dataclass(slots=True)
+class _Entry:
+    slot: Slot
+    place: Place
+    room_for: Slot | None = None
+    """Being closed so that a session of that slot can be opened."""
+
+
+class Ledger(Generic[S, W]):
+    """The books of one pool."""
+
+    def __init__(self, *, max_sessions: int, max_waiting: int) -> None:
+        self.max_sessions = max_sessions
+        self.max_waiting = max_waiting
+        self.limits: dict[str, Limits] = {}
+        self.is_closed = False
+        self._entries: dict[S, _Entry] = {}
+        self._waiters: dict[W, Slot] = {}
+        self._queues: dict[Slot, dict[W, None]] = {}
+        # Sessions that are idle, the last used one last: of each slot, principal and upstream (see `_scopes`), and all.
+        self._idle: dict[Scope, dict[S, None]] = {}
+        self._opening: Counter[Slot] = Counter()
+        self._making_room: Counter[Slot] = Counter()
+        self._total = 0
+        self._per_upstream: Counter[str] = Counter()
+        self._per_principal: Counter[tuple[str, str]] = Counter()
+        self._per_slot: Counter[Slot] = Counter()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "open"
+        return f"<Ledger {state} sessions={self._total}/{self.max_sessions} idle={self.idle} waiting={self.waiting}>"
+
+    @property
+    def total(self) -> int:
+        """Sessions that count: idle, lent, kept, closing, and those being opened."""
+        return self._total
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle.get(None, ()))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
+    @property
+    def opening(self) -> int:
+        return self._opening.total()
+
+    @property
+    def lent(self) -> int:
+        """O(n)."""
+        return self.places()[Place.LENT]
+
+    def places(self) -> Counter[Place]:
+        """How many sessions are where; O(n)."""
+        return Counter(entry.place for entry in self._entries.values())
+
+    def idle_sessions(self) -> list[S]:
+        """The longest idle one first."""
+        return list(self._idle.get(None, ()))
+
+    def slot_of(self, session: S) -> Slot | None:
+        entry = self._entries.get(session)
+        return None if entry is None else entry.slot
+
+    def sessions_of(self, slot: Slot) -> int:
+        return self._per_slot[slot]
+
+    def is_used(self, slot: Slot) -> bool:
+        """Whether a session of this slot counts, or somebody waits for one."""
+        return slot in self._per_slot or slot in self._queues
+
+    # -- borrowing -------------------------------------------------------------------------------------------------
+
+    def acquire(self, slot: Slot) -> S | None:
+        """Take the session of this slot that was used last, unless somebody waits for it. Raises `PoolFull` once
+        closed."""
+        if self.is_closed:
+            raise PoolFull("the pool is not open")
+        idle = self._idle.get(slot)
+        if not idle or slot in self._queues:
+            return None
+        session = next(reversed(idle))
+        self._no_longer_idle(session, slot)
+        self._entries[session].place = Place.LENT
+        return session
+
+    def wait(self, waiter: W, slot: Slot) -> Effects[S, W]:
+        """Wait for a session of this slot, behind all who wait for one already. Raises `PoolFull`: nothing changed."""
+        if self.is_closed:
+            raise PoolFull("the pool is not open")
+        if len(self._waiters) >= self.max_waiting:
+            raise PoolFull(f"limit reached: {self.max_waiting} callers wait for a session")
+        self._waiters[waiter] = slot
+        queue = self._queues.setdefault(slot, {})
+        queue[waiter] = None
+        uncovered = len(queue) - self._opening[slot]
+        return self._provide(slot, uncovered - self._making_room[slot]) if uncovered > 0 else []
+
+    def leave(self, waiter: W) -> bool:
+        """Wait no more; False for somebody who did not wait (any more): he may have been granted one."""
+        slot = self._waiters.pop(waiter, None)
+        if slot is None:
+            return False
+        queue = self._queues[slot]
+        del queue[waiter]
+        if not queue:
+            del self._queues[slot]
+        return True
+
+    def release(self, session: S, *, keep: bool, reason: str = "discarded") -> Effects[S, W]:
+        """Give a lent session back; without `keep` it is closed. Of no effect for one that is not lent: it was
+        released before, or it has ended meanwhile."""
+        entry = self._entries.get(session)
+        if entry is None or entry.place is not Place.LENT:
+            return []
+        if not keep or self.is_closed:
+            return [self._close(session, entry, "drained" if keep else reason)]
+        return self._offer(session, entry)
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    def is_wanted(self, slot: Slot, minimum: int = 0) -> bool:
+        """Whether an opening that is about to begin still has somebody to serve."""
+        waiting = len(self._queues.get(slot, ()))
+        return not self.is_closed and (waiting >= self._opening[slot] or self._per_slot[slot] <= minimum)
+
+    def opened(self, session: S, slot: Slot) -> Effects[S, W]:
+        """An opening succeeded: the session goes to who has waited longest, or is idle."""
+        _take_one(self._opening, slot)
+        entry = self._entries[session] = _Entry(slot, Place.LENT)
+        if self.is_closed:
+            return [self._close(session, entry, "drained")]
+        return self._offer(session, entry)
+
+    def open_failed(self, slot: Slot, session: S | None = None) -> Effects[S, W]:
+        """An opening failed: who has waited longest is told so, and the next one gets a new try. `session`: what is
+        left of it counts until it has ended."""
+        _take_one(self._opening, slot)
+        if session is None:
+            self._uncount(slot)
+        else:
+            self._entries[session] = _Entry(slot, Place.CLOSING)
+        effects: Effects[S, W] = []
+        waiter = self._next_waiter(slot)
+        if waiter is not None:
+            effects.append(Fail(waiter))
+        return effects + self._serve_waiting()
+
+    def open_forgone(self, slot: Slot) -> Effects[S, W]:
+        """An opening was not begun, for nobody waits any more."""
+        _take_one(self._opening, slot)
+        self._uncount(slot)
+        return self._serve_waiting()
+
+    def top_up(self, slot: Slot, minimum: int) -> Effects[S, W]:
+        """Have at least so many sessions of this slot, as far as there is room without closing others."""
+        effects: Effects[S, W] = []
+        while not self.is_closed and self._per_slot[slot] < minimum and self.blocked_by(slot) is None:
+            effects.append(self._open(slot))
+        return effects
+
+    # -- sessions under a key of their own -------------------------------------------------------------------------
+
+    def keep(self, session: S, slot: Slot, *, force: bool = False) -> None:
+        """Enter a session that is never lent. Raises `PoolFull`, unless forced: then it may pass the limits."""
+        reason = None if force else self.blocked_by(slot)
+        if reason is not None:
+            raise PoolFull(f"limit reached: {reason}")
+        self._count(slot)
+        self._entries[session] = _Entry(slot, Place.KEPT)
+
+    def keep_lent(self, session: S) -> None:
+        """A lent session is from now on held under a key of its own."""
+        entry = self._entries.get(session)
+        if entry is not None and entry.place is Place.LENT:
+            entry.place = Place.KEPT
+
+    def make_room(self, slot: Slot) -> Effects[S, W]:
+        """Close the longest idle session that is in the way of one of this slot, if there is one."""
+        victim = self._victim(slot)
+        return [] if victim is None else [self._close(victim, self._entries[victim], "evicted")]
+
+    # -- ending ----------------------------------------------------------------------------------------------------
+
+    def close(self, session: S, reason: str) -> Effects[S, W]:
+        """Close a session that is idle or kept; one that is lent goes when it is released."""
+        entry = self._entries.get(session)
+        if entry is None or entry.place not in (Place.IDLE, Place.KEPT):
+            return []
+        return [self._close(session, entry, reason)]
+
+    def ended(self, session: S) -> Effects[S, W]:
+        """Nothing is left of a session, wherever it was: it counts no more, and there is room for another."""
+        entry = self._entries.pop(session, None)
+        if entry is None:
+            return []
+        if entry.place is Place.IDLE:
+            self._no_longer_idle(session, entry.slot)
+        if entry.room_for is not None:
+            _take_one(self._making_room, entry.room_for)
+        self._uncount(entry.slot)
+        return self._serve_waiting()
+
+    def drain(self) -> Effects[S, W]:
+        """Lend no more: who waits is told, what is idle closes, what is lent closes when it is released."""
+        self.is_closed = True
+        effects: Effects[S, W] = [Fail(waiter) for waiter in self._waiters]
+        self._waiters.clear()
+        self._queues.clear()
+        effects.extend(self._close(session, self._entries[session], "drained") for session in self.idle_sessions())
+        return effects
+
+    def blocked_by(self, slot: Slot) -> str | None:
+        """The limit that forbids one more session of this slot, in words; None if there is room."""
+        limits = self.limits[slot.upstream]
+        if self._total >= self.max_sessions:
+            return f"{self.max_sessions} sessions on this worker"
+        if self._per_upstream[slot.upstream] >= limits.sessions:
+            return f"{limits.sessions} sessions of {slot.upstream}"
+        per_principal = limits.per_principal
+        if per_principal is not None and self._per_principal[slot.upstream, slot.principal] >= per_principal:
+            return f"{per_principal} sessions of {slot.upstream} per principal"
+        return None
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _offer(self, session: S, entry: _Entry) -> Effects[S, W]:
+        """A session is free: for who has waited longest for its like, else for nobody yet."""
+        waiter = self._next_waiter(entry.slot)
+        if waiter is not None:
+            entry.place = Place.LENT
+            return [Grant(waiter, session)]
+        entry.place = Place.IDLE
+        for scope in _scopes(entry.slot):
+            self._idle.setdefault(scope, {})[session] = None
+        return self._serve_waiting()
+
+    def _next_waiter(self, slot: Slot) -> W | None:
+        queue = self._queues.get(slot)
+        if not queue:
+            return None
+        waiter = next(iter(queue))
+        self.leave(waiter)
+        return waiter
+
+    def _serve_waiting(self) -> Effects[S, W]:
+        """There may be room now: those who wait get it in the order they came, each if its own limits allow."""
+        effects: Effects[S, W] = []
+        opening = Counter(self._opening)
+        uncovered: Counter[Slot] = Counter()
+        stuck: set[Slot] = set()
+        for slot in self._waiters.values():
+            if opening[slot] > 0:
+                opening[slot] -= 1
+            elif slot not in stuck:
+                uncovered[slot] += 1
+                more = self._provide(slot, uncovered[slot] - self._making_room[slot])
+                if more and isinstance(more[0], Open):
+                    uncovered[slot] -= 1
+                effects += more
+                if not more and uncovered[slot] > self._making_room[slot]:
+                    stuck.add(slot)  # nor is there anything for those of this slot who came later
+        return effects
+
+    def _provide(self, slot: Slot, without_room: int) -> Effects[S, W]:
+        """One more session of this slot: now, or when another one has made room for it. `without_room`: how many wait
+        for whom none is making room."""
+        if self.blocked_by(slot) is None:
+            return [self._open(slot)]
+        victim = self._victim(slot) if without_room > 0 else None
+        if victim is None:
+            return []
+        entry = self._entries[victim]
+        entry.room_for = slot
+        self._making_room[slot] += 1
+        return [self._close(victim, entry, "evicted")]
+
+    def _victim(self, slot: Slot) -> S | None:
+        """The longest idle session whose end makes room for one of this slot, or brings it nearer."""
+        limits = self.limits[slot.upstream]
+        scope: Scope = None
+        if self._per_upstream[slot.upstream] >= limits.sessions:
+            scope = slot.upstream
+        if (
+            limits.per_principal is not None
+            and self._per_principal[slot.upstream, slot.principal] >= limits.per_principal
+        ):
+            scope = slot.upstream, slot.principal
+        return next(iter(self._idle.get(scope, ())), None)
+
+    def _open(self, slot: Slot) -> Open:
+        self._opening[slot] += 1
+        self._count(slot)
+        return Open(slot)
+
+    def _close(self, session: S, entry: _Entry, reason: str) -> Close[S]:
+        if entry.place is Place.IDLE:
+            self._no_longer_idle(session, entry.slot)
+        entry.place = Place.CLOSING
+        return Close(session, reason)
+
+    def _no_longer_idle(self, session: S, slot: Slot) -> None:
+        for scope in _scopes(slot):
+            idle = self._idle[scope]
+            del idle[session]
+            if not idle:
+                del self._idle[scope]
+
+    def _count(self, slot: Slot) -> None:
+        self._total += 1
+        self._per_upstream[slot.upstream] += 1
+        self._per_principal[slot.upstream, slot.principal] += 1
+        self._per_slot[slot] += 1
+
+    def _uncount(self, slot: Slot) -> None:
+        self._total -= 1
+        _take_one(self._per_upstream, slot.upstream)
+        _take_one(self._per_principal, (slot.upstream, slot.principal))
+        _take_one(self._per_slot, slot)
+
+
+def _scopes(slot: Slot) -> tuple[Scope, ...]:
+    return slot, (slot.upstream, slot.principal), slot.upstream, None
+
+
+def _take_one(counter: Counter[K], key: K) -> None:
+    """Count one down; what has come to nothing is forgotten, for principals come and go without end."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -1,0 +1,158 @@
+"""Opening links: one for each kind of target, over the HTTP client that all of them share."""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+from .breakers import Breakers
+from .errors import OpenFailed, UpstreamLost, UpstreamRefused
+from .guarded_link import GuardedLink
+from .handshake import initialize
+from .http_link import HttpClients, HttpLink
+from .link import Fence, Headers, Link, ResumeRecord, unfenced
+from .sse_link import SseLink
+from .stdio_link import StdioLink
+from .upstream import HttpTarget, StdioTarget, Upstream
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from .auth_client import AuthClients
+
+
+DENIED: Final = (401, 403)
+
+
+class LinkOpener:
+    """Opens the links of one pool."""
+
+    def __init__(self, breakers: Breakers) -> None:
+        self._breakers = breakers
+        self._clients = HttpClients()
+        self._auth_clients: AuthClients | None = None
+        self._auths: dict[str, httpx2.Auth] = {}
+        self._stateless: dict[str, Link] = {}
+
+    async def open(self, upstream: Upstream, fence: Fence, resume: ResumeRecord | None) -> GuardedLink:
+        """A link of its own for a new session, or for one that goes on. Raises `OpenFailed` and `CircuitOpen`."""
+        return GuardedLink(await self._open(upstream, fence, resume), self._breakers, upstream.name)
+
+    async def initialize(
+        self, link: Link, upstream: Upstream, principal: str, params: dict[str, Any], headers: Headers
+    ) -> dict[str, Any]:
+        """Initialize a session that the pool opens for itself. Credentials that are refused again and again count for
+        who presents them, not for the upstream. Raises `OpenFailed` and `CircuitOpen`."""
+        permit = await self._breakers.admit_opening(upstream.name, principal, _fingerprint(headers))
+        try:
+            result = await initialize(link, params, headers)
+        except OpenFailed as error:
+            cause = error.__cause__
+            if isinstance(cause, UpstreamRefused) and cause.status in DENIED:
+                permit.denied()
+            elif isinstance(cause, UpstreamRefused):
+                permit.abandoned()
+            else:
+                permit.failed()
+            raise
+        except UpstreamLost:
+            permit.failed()
+            raise
+        except BaseException:
+            permit.abandoned()
+            raise
+        permit.succeeded()
+        return result
+
+    async def _open(self, upstream: Upstream, fence: Fence, resume: ResumeRecord | None) -> Link:
+        target = upstream.target
+        if isinstance(target, StdioTarget):
+            with await self._breakers.admit(upstream.name):
+                return await StdioLink.open(
+                    target.command,
+                    target.args,
+                    target.env,
+                    target.cwd,
+                    name=upstream.name,
+                    fence=fence,
+                    call_timeout=upstream.call_timeout_s,
+                )
+        if upstream.oauth is not None and upstream.name not in self._auths:
+            await asyncio.to_thread(self._auth_of, upstream)  # what it imports takes long
+        if isinstance(target, HttpTarget):
+            return self._authorized(upstream, target.url, self._http_link(upstream, target, fence, resume))
+        link = SseLink(
+            self._clients,
+            target,
+            name=upstream.name,
+            call_timeout_s=upstream.call_timeout_s,
+            fence=fence,
+            forward_headers=upstream.forward_headers,
+        )
+        return self._authorized(upstream, target.url, link)
+
+    def stateless(self, upstream: Upstream) -> Link | None:
+        """The link for requests that belong to no session; None where the upstream has no such thing (stdio, SSE)."""
+        target = upstream.target
+        if not isinstance(target, HttpTarget):
+            return None
+        link = self._stateless.get(upstream.name)
+        if link is None:
+            made = self._authorized(
+                upstream, target.url, self._http_link(upstream, target, unfenced, None, stateless=True)
+            )
+            link = self._stateless[upstream.name] = GuardedLink(made, self._breakers, upstream.name)
+        return link
+
+    def authorized(self, link: Link, url: str, auth: httpx2.Auth) -> Link:
+        """A link whose every request goes through an authentication flow."""
+        from .auth import AuthorizedLink
+        from .auth_client import AuthClients
+
+        if self._auth_clients is None:
+            self._auth_clients = AuthClients()
+        return AuthorizedLink(link, url, auth, self._auth_clients)
+
+    async def aclose(self) -> None:
+        """Close what the links shared."""
+        await self._clients.aclose()
+        if self._auth_clients is not None:
+            await self._auth_clients.aclose()
+
+    def _http_link(
+        self,
+        upstream: Upstream,
+        target: HttpTarget,
+        fence: Fence,
+        resume: ResumeRecord | None,
+        *,
+        stateless: bool = False,
+    ) -> HttpLink:
+        return HttpLink(
+            self._clients,
+            target,
+            call_timeout_s=upstream.call_timeout_s,
+            fence=fence,
+            forward_headers=upstream.forward_headers,
+            resume=resume,
+            stateless=stateless,
+        )
+
+    def _authorized(self, upstream: Upstream, url: str, link: Link) -> Link:
+        return link if upstream.oauth is None else self.authorized(link, url, self._auth_of(upstream))
+
+    def _auth_of(self, upstream: Upstream) -> httpx2.Auth:
+        auth = self._auths.get(upstream.name)
+        if auth is None:
+            from .auth import authorization
+
+            made = authorization(upstream)
+            assert made is not None
+            auth = self._auths.setdefault(upstream.name, made)
+        return auth
+
+
+def _fingerprint(headers: Headers) -> str:
+    """Tells credentials apart without showing them."""
+    return sha256(repr(headers).encode()).hexdigest()[:16]

@@ -1,0 +1,202 @@
+"""What makes a process a worker of the fleet, whether it serves HTTP (the gateway) or calls by itself (the library):
+its lease, its sessions, both ends of forwarding, and its life: join, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from ..coordinator import Keyring, Keys, Member, RedisClients, Unavailable
+from ..coordinator.channel import Receipt
+from ..coordinator.frames import Frame
+from ..pool import SessionPool, Upstream
+from .affinity import Affinity
+from .forwarder import Forwarder
+from .serving import Serving
+from .sessions import Sessions
+
+logger = logging.getLogger("leasehold.workers.core")
+
+HOUSEKEEPING_S: Final = 1.0
+START_TIMEOUT_S: Final = 1.0
+"""How long a starting worker waits for Redis before it goes on without."""
+
+
+class WorkerCore:
+    """A worker of the fleet. Made after fork, never before; lives inside `running()`."""
+
+    def __init__(
+        self,
+        upstreams: Mapping[str, Upstream],
+        *,
+        redis: RedisClients,
+        keyring: Keyring,
+        namespace: str,
+        lease_ttl_ms: int,
+        grace_s: float,
+        max_body_bytes: int,
+        ephemeral: bool = False,
+        index: int = 0,
+    ) -> None:
+        """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
+        them."""
+        self.upstreams = upstreams
+        self.ephemeral = ephemeral
+        self.grace_s = grace_s
+        self._redis_place = redis.place
+        info = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "index": index,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.pool = SessionPool()
+        self.member = Member(redis, Keys(namespace), keyring, self, lease_ttl_ms=lease_ttl_ms, info=info)
+        self.sessions = Sessions(self.member, self.pool, keyring, upstreams)
+        self.serving = Serving(self.sessions, max_body_bytes=max_body_bytes)
+        self.forwarder = Forwarder(self.member, self.sessions, self.serving.serve_hop)
+        self.affinity = Affinity(self.member, self.sessions, self.forwarder, self.serving.serve)
+        self.is_draining = False
+        self._health_due = asyncio.Event()
+        self.pool.breakers.on_due = self._health_due.set
+        self.on_joined: Callable[[str], None] = lambda _incarnation: None
+        self._joined = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._handing_off: asyncio.Task[None] | None = None
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether it has ever had a lease."""
+        return self._joined.is_set()
+
+    def background(self) -> list[Coroutine[Any, Any, None]]:
+        """What else runs for as long as the worker lives; each may end by itself."""
+        return []
+
+    def tick(self) -> None:
+        """Called about every second."""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Join the fleet and serve; on leaving, drain and stop. Without Redis it starts unready and joins later."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            member = tasks.create_task(self.member.run(), name="leasehold-member")
+            pool = tasks.create_task(self.pool.run(), name="leasehold-pool")
+            background = [
+                tasks.create_task(self._forever(work), name="leasehold-background")
+                for work in (self._keep_house(), self._share_health(), *self.background())
+            ]
+            try:
+                await self._wait_joined()
+                yield
+            finally:
+                await self._stop()
+                self.pool.close()
+                await asyncio.wait({pool}, timeout=15)
+                await self.sessions.settle()
+                await self.member.stop()
+                for task in background:
+                    task.cancel()
+                await asyncio.wait({member}, timeout=5)
+                await self.member.aclose()
+
+    def drain(self) -> None:
+        """Take no new sessions, hand off those that can move, and end the streams that never end by themselves.
+
+        Calls that run go on.
+        """
+        if self.is_draining:
+            return
+        self.is_draining = True
+        logger.info("draining sessions=%d", len(self.pool))
+        if self._tasks is not None and not self.ephemeral:
+            self._handing_off = self._tasks.create_task(self._hand_off(), name="leasehold-hand-off")
+
+    async def _hand_off(self) -> None:
+        try:
+            await self.sessions.hand_off()
+        except Unavailable as error:  # their owner's end is known a moment later, from the mark that it leaves
+            logger.warning("sessions_not_handed_off error=%s", error)
+
+    async def _stop(self) -> None:
+        self.drain()
+        if self._handing_off is not None:
+            await self._handing_off
+        await self.forwarder.drain(self.grace_s)
+
+    async def _wait_joined(self) -> None:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._joined.wait()
+        except TimeoutError:
+            logger.error("start_without_redis place=%s: unready until it answers", self._redis_place)  # noqa: TRY400
+
+    async def _forever(self, work: Coroutine[Any, Any, None]) -> None:
+        """Background work whose failure must not go unseen: it is logged, and the task group ends the worker."""
+        try:
+            await work
+        except Exception:
+            logger.critical("background_task_failed", exc_info=True)
+            raise
+
+    async def _keep_house(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HOUSEKEEPING_S):
+                    await self.sessions.due.wait()
+            self.sessions.due.clear()
+            self.tick()
+            try:
+                await self.sessions.reconcile()
+            except Unavailable as error:
+                logger.debug("reconcile_failed error=%s", error)
+                await asyncio.sleep(HOUSEKEEPING_S)
+
+    async def _share_health(self) -> None:
+        """Tell the fleet which upstreams fail, and hear of it: every second, and at once when a circuit changes."""
+        breakers = self.pool.breakers
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HOUSEKEEPING_S):
+                    await self._health_due.wait()
+            self._health_due.clear()
+            try:
+                circuits = await self.member.health.exchange(self.member.incarnation, breakers.reports())
+            except Unavailable:
+                breakers.alone()
+            else:
+                breakers.heard(circuits)
+
+    # -- what the member tells (coordinator.Listener) --------------------------------------------------------------
+
+    async def joined(self, incarnation: str, *, again: bool) -> None:
+        if again:
+            await self.sessions.reconcile()
+        self._joined.set()
+        self.on_joined(incarnation)
+        logger.info("worker_ready incarnation=%s", incarnation[:8])
+
+    def lost(self, incarnation: str) -> None:
+        self.forwarder.lost()
+
+    def redis_changed(self) -> None:
+        self.sessions.due.set()
+
+    def rotated(self) -> None:
+        self.forwarder.rotated()
+
+    def frame(self, sender: str, frame: Frame) -> None:
+        self.forwarder.frame(sender, frame)
+
+    def receipt(self, sender: str, receipt: Receipt) -> None:
+        self.forwarder.receipt(sender, receipt)
+
+    def peer_down(self, peer: str, unread: frozenset[int]) -> None:
+        self.forwarder.peer_down(peer, unread)

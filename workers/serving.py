@@ -1,0 +1,80 @@
+"""Serving calls on the sessions that this worker owns: those that landed here, and those that came by a hop."""
+
+from __future__ import annotations
+
+from ..coordinator.frames import RequestHead
+from ..pool import PoolError, SessionClosed, parse
+from ..pool.jsonrpc import InvalidMessage
+from .affinity import Call
+from .answers import Refused, too_large, unavailable
+from .asgi import Receive, Scope, Send, read_body
+from .errors import BodyTooLarge, NotRun
+from .exchange import HOP
+from .relay import relay_delete, relay_get, relay_post
+from .sessions import Owned, Sessions
+from .shared import SharedRelay
+
+
+class Serving:
+    """The owner's end of every call of one worker."""
+
+    def __init__(self, sessions: Sessions, *, max_body_bytes: int) -> None:
+        self._sessions = sessions
+        self._max_body_bytes = max_body_bytes
+
+    async def serve(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
+        """Run a call on a session owned here. Raises `NotRun`, `Refused`, `Disconnected`, `BrokenOff`."""
+        headers = call.scope["headers"]
+        with owned.session as session:
+            if session.is_shared:
+                await self._serve_shared(owned, call, receive, send)
+                return
+            try:
+                link = session.link
+            except SessionClosed:
+                raise NotRun("closed") from None
+            if call.message is not None:
+                await relay_post(link, call.message, call.body, headers, receive, send)
+            elif call.scope["method"] == "GET":
+                await relay_get(link, headers, receive, send, adopted=owned.adopted)
+            else:
+                status = await relay_delete(link, headers, receive, send)
+                if 200 <= status < 300 or status == 404:
+                    self._sessions.end(owned, "client")
+
+    async def _serve_shared(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
+        session = owned.session
+        if session.is_opening:
+            try:
+                await self._sessions.opened(owned)
+            except PoolError as error:
+                raise unavailable(str(error), call.id, error.outcome) from error
+        if session.is_closed:
+            raise NotRun("closed")
+        if owned.relay is None:
+            owned.relay = SharedRelay(session)
+        try:
+            await owned.relay.serve(call, receive, send)
+        finally:
+            if session.is_closed and not session.keeps_record:  # its record goes now: the next call opens another
+                self._sessions.end(owned, "lost")
+
+    async def serve_hop(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that another worker forwarded; admission was checked in the turn it was read in.
+
+        Raises `NotRun` when the session has closed since: it may be found elsewhere by now.
+        """
+        head: RequestHead = scope[HOP]
+        owned = self._sessions.get(head.session)
+        if owned is None:
+            raise NotRun("closed")
+        try:
+            body = await read_body(scope["headers"], receive, self._max_body_bytes)
+            message = parse(body) if scope["method"] == "POST" else None
+            await self.serve(owned, Call(head.session, scope, message, body, safe=False), receive, send)
+        except InvalidMessage as error:
+            await Refused(400, str(error), code=error.code).send(send)
+        except BodyTooLarge as error:
+            await too_large(error.limit).send(send)
+        except Refused as refusal:
+            await refusal.send(send)

@@ -1,0 +1,181 @@
+"""A session that many clients share: of one principal (affinity `principal`), or of the users of one affinity key.
+
+Its owner initialized it, so `initialize` is answered from what the server said then. Requests go through with ids of
+their own (`pool/sharing.py`), and the one stream of messages that belong to no request is given to all who listen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any, Final
+
+import orjson
+
+from ..pool import Message, PooledSession, PoolError
+from ..pool.calls import session_stream
+from ..pool.link import Link
+from ..pool.sharing import SharedIds, SharedLink
+from ..pool.sse import event
+from .affinity import Call
+from .answers import HANDSHAKE_VERSIONS, JSON, session_not_found
+from .asgi import Receive, Send, header, respond, until_disconnect
+from .door import method_not_allowed
+from .relay import relay_post, stream_out
+
+logger = logging.getLogger("leasehold.workers.shared")
+
+MAX_BEHIND: Final = 1000
+"""Messages that a listener may be behind; then its stream ends, and its client opens it again."""
+RETRY_S: Final = (0.1, 5.0)
+
+
+class SharedRelay:
+    """The clients of one shared session, at its owner."""
+
+    def __init__(self, session: PooledSession) -> None:
+        """The session is open."""
+        assert session.initialize_result is not None
+        self._session = session
+        self._result = session.initialize_result
+        self._ids = SharedIds(session.next_id, str(self._result.get("protocolVersion", "")))
+        self._listeners: dict[_Listener, None] = {}
+        self._listening: asyncio.Task[None] | None = None
+        self._is_open = False
+        """Whether the upstream's stream is."""
+
+    def __repr__(self) -> str:
+        return f"<SharedRelay of {self._session!r} listeners={len(self._listeners)} {self._ids!r}>"
+
+    async def serve(self, call: Call, receive: Receive, send: Send) -> None:
+        """Answer one request of one client. Raises what a relay raises."""
+        client = header(call.scope["headers"], b"mcp-session-id") or b""
+        message = call.message
+        if message is None:
+            if call.scope["method"] != "GET":
+                raise method_not_allowed(b"POST, GET")
+            await self._listen(client, receive, send)
+        elif message.kind == "request" and message.method == "initialize":
+            await respond(send, 200, initialize_answer(message, self._result), JSON)
+        elif message.method == "notifications/initialized":
+            await respond(send, 202, b"", [])
+        else:
+            link = SharedLink(self._session.link, self._ids, client)
+            await relay_post(link, message, call.body, call.scope["headers"], receive, send)
+
+    # -- the stream of messages that belong to no request ----------------------------------------------------------
+
+    async def _listen(self, client: bytes, receive: Receive, send: Send) -> None:
+        listener = _Listener(client)
+        self._listeners[listener] = None
+        try:
+            with until_disconnect(receive):
+                if self._is_open:
+                    listener.begin()
+                elif self._listening is None or self._listening.done():
+                    self._listening = asyncio.get_running_loop().create_task(self._read(), name="leasehold-shared")
+                status = await listener.begun
+                if status != 200:
+                    raise method_not_allowed(b"POST") if status == 405 else session_not_found()
+                await stream_out(listener.events(), send)
+        finally:
+            del self._listeners[listener]
+            if not self._listeners and self._listening is not None:
+                self._listening.cancel()
+
+    async def _read(self) -> None:
+        """Read the upstream's stream, again and again, for as long as anybody listens."""
+        delay, longest = RETRY_S
+        status = 0
+        try:
+            while status not in (404, 405) and not self._session.is_closed:
+                with suppress(PoolError):
+                    status = await self._read_once(self._session.link)
+                if status == 200:
+                    delay = RETRY_S[0]
+                await asyncio.sleep(delay)
+                delay = min(longest, delay * 2)
+        finally:
+            for listener in self._listeners:
+                listener.end(status if status == 405 else 404)
+
+    async def _read_once(self, link: Link) -> int:
+        version = [(b"mcp-protocol-version", self._ids.version)]
+        async with session_stream(link, version) as (status, messages):
+            self._is_open = status == 200
+            try:
+                if self._is_open:
+                    for listener in self._listeners:
+                        listener.begin()
+                    async for message in messages:
+                        self._give(message)
+            finally:
+                self._is_open = False
+        return status
+
+    def _give(self, message: Message) -> None:
+        """Progress goes to who asked for it, a request of the server to who came last, the rest to everybody."""
+        data = orjson.dumps(message.payload)
+        if message.method == "notifications/progress":
+            known = self._ids.token(message.params.get("progressToken"))
+            data = SharedLink.progress(message.payload, self._ids)
+            for listener in self._listeners:
+                if known is not None and data is not None and listener.client == known[0]:
+                    listener.put(data)
+        elif message.kind == "request":
+            for listener in itertools.islice(reversed(self._listeners), 1):
+                listener.put(data)
+        else:
+            for listener in self._listeners:
+                listener.put(data)
+
+
+def initialize_answer(message: Message, result: dict[str, Any]) -> bytes:
+    """The answer to a client's `initialize` on a session that has been initialized: the server's result, in the older
+    one of the two protocol versions."""
+    asked = message.params.get("protocolVersion")
+    agreed = result.get("protocolVersion")
+    if asked in HANDSHAKE_VERSIONS and agreed in HANDSHAKE_VERSIONS:
+        agreed = min(asked, agreed)  # they are dates
+    return orjson.dumps({"jsonrpc": "2.0", "id": message.id, "result": {**result, "protocolVersion": agreed}})
+
+
+class _Listener:
+    """One client that listens: what it has yet to be sent."""
+
+    def __init__(self, client: bytes) -> None:
+        self.client = client
+        self.begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._ended = False
+
+    def begin(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(200)
+
+    def put(self, data: bytes) -> None:
+        if len(self._waiting) >= MAX_BEHIND:
+            self._ended = True
+        else:
+            self._waiting.append(data)
+        self._wake.set()
+
+    def end(self, status: int) -> None:
+        if not self.begun.done():
+            self.begun.set_result(status)
+        self._ended = True
+        self._wake.set()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            while self._waiting:
+                yield event(self._waiting.popleft())
+            if self._ended:
+                return
+            self._wake.clear()
+            await self._wake.wait()
