@@ -26,7 +26,7 @@ from .link import Fence, Headers, Link, ResumeRecord, own_headers, unfenced
 from .openers import LinkOpener
 from .sdk import require_sdk
 from .session import CLOSE_GRACE_S, CLOSE_TIMEOUT_S, Handshake, PooledSession, State
-from .statistics import Counts, PoolStatistics
+from .statistics import Counts, PoolStatistics, SessionStatistics, session_statistics
 from .upstream import StdioTarget, Upstream
 
 if TYPE_CHECKING:
@@ -92,7 +92,13 @@ class SessionPool:
 
     def statistics(self) -> PoolStatistics:
         """A snapshot; O(sessions)."""
-        return self._counts.statistics(list(self._sessions), self._ledger.places(), self._ledger.waiting)
+        return self._counts.statistics(
+            list(self._sessions), self._ledger.places(), self._ledger.waiting, self.breakers.statistics()
+        )
+
+    def session_statistics(self) -> list[SessionStatistics]:
+        """A snapshot of each session that has not ended."""
+        return [session_statistics(session) for session in self._sessions]
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol, cast
 import orjson
 
 from .calls import MAX_ANSWER
-from .errors import UpstreamLost
-from .jsonrpc import Message, RequestId
+from .errors import PoolError, UpstreamLost
+from .jsonrpc import SERVER_ERROR, Message, RequestId, error_body
 from .link import Headers, Reply
 from .sse import EventSplitter, event_data, is_event_stream, with_data
 
@@ -99,7 +99,7 @@ class SharedLink:
             payload["params"] = {**message.params, "_meta": {**meta, "progressToken": upstream}}
         sent = Message("request", message.method, upstream, payload)
         try:
-            reply = await self._link.post(sent, orjson.dumps(payload), headers)
+            reply = await self._link.post(sent, _written(payload), headers)
         except BaseException:
             self._ids.end(self._client, id, upstream)
             raise
@@ -163,7 +163,12 @@ class SharedLink:
             result: Any = payload.get("result")
             if self._translate is not None and isinstance(result, dict):
                 payload["result"] = self._translate(cast("dict[str, Any]", result))
-            return orjson.dumps(payload)
+            try:
+                return _written(payload)
+            except PoolError as error:
+                return error_body(
+                    SERVER_ERROR, f"The answer cannot be passed on: {error}", id=id, data={"outcome": "unknown"}
+                )
         if payload["method"] == "notifications/progress":
             return self.progress(payload, self._ids) or data
         return data
@@ -176,6 +181,14 @@ class SharedLink:
         if known is None:
             return None
         return orjson.dumps({**payload, "params": {**params, "progressToken": known[1]}})
+
+
+def _written(payload: dict[str, Any]) -> bytes:
+    """Raises `PoolError`: what may be read is nested deeper than what may be written."""
+    try:
+        return orjson.dumps(payload)
+    except TypeError:
+        raise PoolError("the message is nested too deep") from None
 
 
 async def _nothing() -> AsyncGenerator[bytes, None]:

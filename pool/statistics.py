@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .breakers import BreakersStatistics
 from .errors import PoolFull
 from .ledger import Place
 from .session import PooledSession
@@ -53,6 +54,7 @@ class PoolStatistics:
     closed: dict[str, int]
     """By reason: `discarded`, `evicted`, `idle`, `max_age`, `unhealthy`, `lost`, `open_failed`, `shutdown`, ..."""
     oldest_s: float
+    breakers: BreakersStatistics
 
 
 @dataclass(slots=True)
@@ -91,7 +93,9 @@ class Counts:
         self.refused += 1
         return PoolFull(reason)
 
-    def statistics(self, sessions: list[PooledSession], places: Counter[Place], waiting: int) -> PoolStatistics:
+    def statistics(
+        self, sessions: list[PooledSession], places: Counter[Place], waiting: int, breakers: BreakersStatistics
+    ) -> PoolStatistics:
         return PoolStatistics(
             sessions=len(sessions),
             idle=places[Place.IDLE],
@@ -112,6 +116,7 @@ class Counts:
             health_checks=self.health_checks,
             closed=dict(self.closed),
             oldest_s=max((session.age_s for session in sessions), default=0.0),
+            breakers=breakers,
         )
 
 

@@ -179,3 +179,14 @@ async def test_b5_without_affinity_the_limit_holds_and_calls_wait_for_each_other
         await asyncio.gather(*(client.count() for client in clients))
         assert len(stub.counts) <= 2
         await eventually(lambda: one.pool.statistics().idle == one.pool.statistics().sessions <= 2)
+
+
+async def test_without_affinity_sessions_are_ready_before_the_first_call(redis_url: str, stub: Upstream) -> None:
+    async with worker(redis_url, servers(stub, "none", min_sessions=3)) as one:
+        await eventually(lambda: one.pool.statistics().idle == 3)
+        (client,) = await initialized(one)
+        assert await client.count() == 2
+        assert one.pool.statistics().opened == 3
+        body, _ = one.telemetry.exposition()
+        assert b"leasehold_sessions_idle 3.0" in body
+        assert b'leasehold_session_loans_reused_total{reason=""}' in body

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -16,8 +17,9 @@ from ..coordinator import Keyring, Keys, Member, RedisClients, Unavailable
 from ..coordinator.channel import Receipt
 from ..coordinator.frames import Frame
 from ..pool import SessionPool, Upstream
+from ..pool.statistics import PoolStatistics
 from .affinity import Affinity
-from .forwarder import Forwarder
+from .forwarder import Forwarder, ForwarderStatistics
 from .serving import Serving
 from .sessions import Sessions
 
@@ -26,6 +28,26 @@ logger = logging.getLogger("leasehold.workers.core")
 HOUSEKEEPING_S: Final = 1.0
 START_TIMEOUT_S: Final = 1.0
 """How long a starting worker waits for Redis before it goes on without."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """A worker now, and since it was made."""
+
+    incarnation: str
+    redis_reachable: bool
+    incarnations: int
+    """How many it has had: each but the first means a lease that was lost."""
+    sessions_owned: int
+    sessions_adopted: int
+    sessions_lost: int
+    """To other workers, while the lease was over."""
+    calls_local: int
+    calls_forwarded: int
+    calls_rerouted: int
+    calls_repeated: int
+    forwarder: ForwarderStatistics
+    pool: PoolStatistics
 
 
 class WorkerCore:
@@ -74,6 +96,24 @@ class WorkerCore:
     def has_joined(self) -> bool:
         """Whether it has ever had a lease."""
         return self._joined.is_set()
+
+    def statistics(self) -> WorkerStatistics:
+        """A snapshot; O(sessions)."""
+        forwarder = self.forwarder.statistics
+        return WorkerStatistics(
+            incarnation=self.member.incarnation[:8],
+            redis_reachable=self.member.reachable,
+            incarnations=self.member.incarnations,
+            sessions_owned=len(self.sessions.all()),
+            sessions_adopted=self.sessions.adopted,
+            sessions_lost=self.sessions.lost,
+            calls_local=self.affinity.local,
+            calls_forwarded=self.affinity.forwarded,
+            calls_rerouted=self.affinity.rerouted,
+            calls_repeated=self.affinity.repeated,
+            forwarder=replace(forwarder, nacked=dict(forwarder.nacked)),
+            pool=self.pool.statistics(),
+        )
 
     def background(self) -> list[Coroutine[Any, Any, None]]:
         """What else runs for as long as the worker lives; each may end by itself."""

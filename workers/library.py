@@ -36,7 +36,7 @@ from ..pool.typed import Callbacks, HostedClient
 from .affinity import Affinity, Call, is_safe
 from .answers import Refused
 from .asgi import Message as AsgiMessage
-from .core import WorkerCore
+from .core import WorkerCore, WorkerStatistics
 from .errors import BrokenOff, Disconnected
 from .guard import Guard
 from .identity import Identity
@@ -113,6 +113,10 @@ class Fleet:
         if self._core is None:
             raise RuntimeError("expected to be used inside `async with`")
         return self._core
+
+    def statistics(self) -> WorkerStatistics:
+        """What this process owns and has done."""
+        return self.core.statistics()
 
     def session(
         self,

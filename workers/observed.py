@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..pool.breaker import BreakerState
 from .core import WorkerCore
 
 
 def observed(core: WorkerCore, waiting: int) -> Iterator[tuple[str, dict[str, str], float]]:
     """(metric, labels, value) of everything; `waiting` is the number of requests being answered."""
-    forwarder, pool, affinity = core.forwarder.statistics, core.pool.statistics(), core.affinity
-    yield "calls_local", {}, affinity.local
-    yield "calls_forwarded", {}, affinity.forwarded
-    yield "calls_rerouted", {}, affinity.rerouted
-    yield "calls_repeated", {}, affinity.repeated
+    worker = core.statistics()
+    forwarder, pool = worker.forwarder, worker.pool
+    yield "calls_local", {}, worker.calls_local
+    yield "calls_forwarded", {}, worker.calls_forwarded
+    yield "calls_rerouted", {}, worker.calls_rerouted
+    yield "calls_repeated", {}, worker.calls_repeated
     yield "exchanges_sent", {}, forwarder.sent
     yield "exchanges_answered", {}, forwarder.answered
     yield "exchanges_not_run", {}, forwarder.not_run
@@ -31,12 +33,26 @@ def observed(core: WorkerCore, waiting: int) -> Iterator[tuple[str, dict[str, st
         for reason, count in outbox.refused.items():
             yield "pushes_refused", {"reason": reason}, count
     yield "sessions_opened", {}, pool.opened
-    yield "sessions_adopted", {}, core.sessions.adopted
-    yield "sessions_lost", {}, core.sessions.lost
+    yield "sessions_adopted", {}, worker.sessions_adopted
+    yield "sessions_lost", {}, worker.sessions_lost
     yield "sessions_refused", {}, pool.refused
+    for reason, count in pool.closed.items():
+        yield "sessions_closed", {"reason": reason}, count
+    yield "session_loans", {}, pool.loans
+    yield "session_loans_reused", {}, pool.reused
+    yield "session_waits", {}, pool.waits
+    yield "session_wait_seconds", {}, pool.wait_s
+    yield "health_checks", {}, pool.health_checks
+    circuits = pool.breakers.upstreams.values()
+    yield "circuits_opened", {}, sum(circuit.opened for circuit in circuits)
+    yield "circuit_refusals", {}, sum(circuit.refused for circuit in circuits)
+    yield "circuits_open", {}, sum(circuit.state is not BreakerState.CLOSED for circuit in circuits)
+    yield "sessions_idle", {}, pool.idle
+    yield "sessions_lent", {}, pool.lent
+    yield "callers_waiting", {}, pool.waiting
     yield "lease_renewals", {}, core.member.renewals
-    yield "lease_incarnations", {}, core.member.incarnations
+    yield "lease_incarnations", {}, worker.incarnations
     yield "sessions", {}, pool.sessions
     yield "sessions_in_flight", {}, pool.in_flight
     yield "calls_waiting", {}, waiting
-    yield "redis_reachable", {}, float(core.member.reachable)
+    yield "redis_reachable", {}, float(worker.redis_reachable)

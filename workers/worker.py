@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from ..coordinator import Keyring, RedisClients
-from ..pool import Config
+from ..pool import Config, Want
+from ..pool.borrowing import ANONYMOUS
 from .affinity import OWNER
 from .asgi import Message, Receive, Scope, Send
 from .core import WorkerCore
@@ -106,8 +107,15 @@ class Worker(WorkerCore):
 
     async def joined(self, incarnation: str, *, again: bool) -> None:
         await super().joined(incarnation, again=again)
+        self._prewarm()
         self.gateway.ready = not self.is_draining
         self.gateway.health = self._health()
+
+    def _prewarm(self) -> None:
+        """Sessions that any call may take are ready before the first one."""
+        for upstream in self.upstreams.values():
+            if upstream.affinity == "none" and upstream.min_sessions:
+                self.pool.prewarm(Want(upstream, principal=ANONYMOUS))
 
     def _health(self) -> dict[str, Any]:
         return {
