@@ -112,6 +112,8 @@ class RequestHead:
     path: str
     query: str
     root_path: str
+    repeat: bool
+    """Whether an earlier try of this request may have run, so that its id may be in use at the upstream."""
     headers: list[tuple[str, str]]
     client: tuple[str, int] | None
 
@@ -132,6 +134,7 @@ def pack_request(head: RequestHead, body: bytes) -> bytes:
             head.path,
             head.query,
             head.root_path,
+            head.repeat,
             head.headers,
             head.client,
         ]

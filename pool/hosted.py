@@ -12,9 +12,10 @@ class HostedClient:
 
     def __init__(self, client: ClientSession) -> None:
         self._client = client
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._ending = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="leasehold-client")
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._ending: asyncio.Future[None] = loop.create_future()
+        self._task = loop.create_task(self._run(), name="leasehold-client")
 
     @property
     def is_ready(self) -> bool:
@@ -27,14 +28,15 @@ class HostedClient:
 
     async def aclose(self) -> None:
         """End its tasks; callbacks that still run are cancelled."""
-        self._ending.set()
+        if not self._ending.done():
+            self._ending.set_result(None)
         await asyncio.wait({self._task})
 
     async def _run(self) -> None:
         try:
             async with self._client:
                 self._ready.set_result(None)
-                await self._ending.wait()
+                await self._ending
         except Exception as error:
             if self._ready.done():
                 raise

@@ -128,9 +128,11 @@ class PooledSession:
         self._handshake = handshake
         self._link: Link | None = None
         self._opening: asyncio.Timeout | None = None
-        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._close_asked = asyncio.Event()
-        self._ended = asyncio.Event()
+        # Futures, not events: those weigh 700 bytes each.
+        loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._close_asked: asyncio.Future[None] = loop.create_future()
+        self._ended: asyncio.Future[None] = loop.create_future()
 
     def __repr__(self) -> str:
         return f"<PooledSession {self.key[:8]} {self.upstream.name} {self.state.value} in_flight={self.in_flight}>"
@@ -211,7 +213,8 @@ class PooledSession:
         """Ask the owner task to close; never waits, may be called twice. An opening that is under way is cut short."""
         self.close_reason = self.close_reason or reason
         self._step(Event.CLOSE)
-        self._close_asked.set()
+        if not self._close_asked.done():
+            self._close_asked.set_result(None)
         if self._opening is not None and not self._opening.expired():
             self._opening.reschedule(asyncio.get_running_loop().time())
 
@@ -222,7 +225,7 @@ class PooledSession:
 
     async def wait_ended(self) -> None:
         """Return when nothing of the session is left, or its link has overstayed the time it has for closing."""
-        await self._ended.wait()
+        await asyncio.shield(self._ended)
 
     async def own(self, open_link: OpenLink, on_ended: Callable[[PooledSession], None]) -> None:
         """The owner task: opens the link, waits until it is lost or asked to close, closes it. Raises nothing.
@@ -246,13 +249,13 @@ class PooledSession:
 
     def orphaned(self, on_ended: Callable[[PooledSession], None]) -> None:
         """The owner task is done. One that was cancelled before its first step has ended nothing: do so."""
-        if not self._ended.is_set():
+        if not self._ended.done():
             self._fail_open(OpenFailed("the pool is closing"))
             self.close_reason = self.close_reason or "open_failed"
             self._end(Event.FAILED, on_ended)
 
     async def _open(self, open_link: OpenLink) -> bool:
-        if self._close_asked.is_set():
+        if self._close_asked.done():
             self._fail_open(OpenFailed("closed before it was open"))
             return False
         try:
@@ -281,14 +284,13 @@ class PooledSession:
         self._opened.exception()  # retrieved: the opener may have gone away
 
     async def _until_closed(self, link: Link) -> None:
-        waits = {asyncio.ensure_future(self._close_asked.wait()), asyncio.ensure_future(link.wait_closed())}
+        lost = asyncio.ensure_future(link.wait_closed())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._close_asked, lost}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                if not wait.cancel() and not wait.cancelled():
-                    wait.exception()  # retrieved: a link that cannot wait for its end is lost, too
-        if not self._close_asked.is_set():
+            if not lost.cancel() and not lost.cancelled():
+                lost.exception()  # retrieved: a link that cannot wait for its end is lost, too
+        if not self._close_asked.done():
             self.close_reason = self.close_reason or "lost"
             self._step(Event.LOST)
 
@@ -318,9 +320,9 @@ class PooledSession:
             self._end(Event.CLOSED, on_ended)
 
     def _end(self, event: Event, on_ended: Callable[[PooledSession], None]) -> None:
-        if not self._ended.is_set():
+        if not self._ended.done():
             self._step(event)
-            self._ended.set()
+            self._ended.set_result(None)
             on_ended(self)
 
     def _step(self, event: Event) -> None:

@@ -34,8 +34,9 @@ class Posts(Protocol):
 class SharedIds:
     """The requests in flight on one shared session: whose they are, and the ids and tokens they have upstream."""
 
-    def __init__(self, new_id: Callable[[], str], version: str) -> None:
-        """`new_id` makes ids that no other request of the session has; `version` is what the session agreed on."""
+    def __init__(self, new_id: Callable[[], str], version: str = "") -> None:
+        """`new_id` makes ids that no other request of the session has; `version` is what the session agreed on, where
+        its clients need not know."""
         self.new_id = new_id
         self.version = version.encode()
         self._upstream: dict[tuple[bytes, RequestId], str] = {}
@@ -79,7 +80,8 @@ class SharedLink:
 
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         """See `Link.post`. A `cancelled` for what is not in flight (any more) goes nowhere, as it may."""
-        headers = [*(pair for pair in headers if pair[0] != VERSION), (VERSION, self._ids.version)]
+        if self._ids.version:
+            headers = [*(pair for pair in headers if pair[0] != VERSION), (VERSION, self._ids.version)]
         if message.kind == "request" and message.id is not None:
             return await self._request(message, message.id, headers)
         if message.method == "notifications/cancelled":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import mcp_types as types
+import orjson
 from mcp import ClientSession
 from mcp.client.session import (
     ClientRequestContext,
@@ -169,6 +171,12 @@ class Loan(ClientSession):
             face.enter(self)
 
 
+@lru_cache(maxsize=128)
+def _adopted(result: bytes) -> types.InitializeResult:
+    """What a server said when its session was opened: the same for most of its sessions, and 2 KB each."""
+    return types.InitializeResult.model_validate_json(result)
+
+
 class TypedFace:
     """The `ClientSession` of one pooled session, which all its holders have views of, and the task it lives in."""
 
@@ -184,7 +192,7 @@ class TypedFace:
             logging_callback=self._logging,
             message_handler=self._message,
         )
-        self.client.adopt(types.InitializeResult.model_validate(session.initialize_result))
+        self.client.adopt(_adopted(orjson.dumps(session.initialize_result, option=orjson.OPT_SORT_KEYS)))
         self.hosted = HostedClient(self.client)
 
     def __repr__(self) -> str:
@@ -230,7 +238,8 @@ class TypedFace:
     async def _answer(self, name: str, context: ClientRequestContext, *params: Any) -> Any:
         loan = self._loan(name)
         if loan is None:
-            return types.ErrorData(code=types.INVALID_REQUEST, message=f"{name.capitalize()} not supported")
+            what = name.replace("_", " ").capitalize()
+            return types.ErrorData(code=types.INVALID_REQUEST, message=f"{what} not supported")
         context.session = loan
         return await getattr(loan.loan_callbacks, name)(context, *params)
 

@@ -37,6 +37,7 @@ HEAD = RequestHead(
     path="/servers/a b/mcp",
     query="x=%20",
     root_path="/root",
+    repeat=False,
     headers=[("accept", "*/*"), ("x-latin", "\xe9\xff")],
     client=("10.0.0.1", 4711),
 )

@@ -27,6 +27,7 @@ from ..pool.safety import is_safe_call
 from .answers import JSON, outcome_body, session_not_found, unavailable
 from .asgi import Receive, Scope, Send, respond
 from .errors import NotRun, OutcomeUnknown
+from .exchange import REPEAT
 from .forwarder import Forwarder
 from .guard import Guard
 from .sessions import Opens, Owned, Sessions
@@ -113,6 +114,7 @@ class Affinity:
                     await self._tell_unknown(call, unknown, guard)
                     return
                 self.repeated += 1
+                call.scope[REPEAT] = True
             except Unavailable as error:
                 raise unavailable(
                     "Redis does not answer: sessions of other workers cannot be reached", call.id

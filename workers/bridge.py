@@ -171,7 +171,7 @@ def passing(message: Message) -> Callable[[dict[str, Any]], bool]:
             return False
         told = cast("dict[str, Any]", params)
         if method == "notifications/progress":
-            return True
+            return token is not None and told.get("progressToken") == token
         return method == "notifications/message" and told.get("level") in levels
 
     return passes

@@ -36,6 +36,9 @@ CREDIT_EVERY: Final = MAX_BODY
 HOP: Final = "leasehold.hop"
 """Scope key of a request that came by a hop; a client cannot set it. Its value is the `RequestHead`."""
 
+REPEAT: Final = "leasehold.repeat"
+"""Scope key of a request of which an earlier try may have run: upstream it needs an id of its own."""
+
 Post = Callable[[bytes], None]
 """Queues one encoded frame for the peer of an exchange."""
 
@@ -189,7 +192,7 @@ class OwnerExchange(_Wakeable):
     @property
     def scope(self) -> Scope:
         head = self.head
-        return {
+        scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
@@ -204,6 +207,9 @@ class OwnerExchange(_Wakeable):
             "server": None,
             HOP: head,
         }
+        if head.repeat:
+            scope[REPEAT] = True
+        return scope
 
     async def receive(self) -> Message:
         """ASGI `receive`: the body's pieces in order, then `http.disconnect` when the caller has gone."""

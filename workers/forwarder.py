@@ -28,7 +28,7 @@ from ..coordinator.frames import (
 )
 from .asgi import ASGIApp, Receive, Scope, Send, until_disconnect
 from .errors import BrokenOff, Disconnected, NotRun, OutcomeUnknown
-from .exchange import CallerExchange, OwnerExchange, nack, read_nack
+from .exchange import REPEAT, CallerExchange, OwnerExchange, nack, read_nack
 
 logger = logging.getLogger("leasehold.workers.forwarder")
 
@@ -180,6 +180,7 @@ class Forwarder:
             path=scope["path"],
             query=scope.get("query_string", b"").decode("latin-1"),
             root_path=scope.get("root_path", ""),
+            repeat=REPEAT in scope,
             headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
             client=None if client is None else (client[0], client[1]),
         )

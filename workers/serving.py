@@ -5,11 +5,12 @@ from __future__ import annotations
 from ..coordinator.frames import RequestHead
 from ..pool import PoolError, SessionClosed, parse
 from ..pool.jsonrpc import InvalidMessage
+from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Call
 from .answers import Refused, too_large, unavailable
 from .asgi import Receive, Scope, Send, read_body
 from .errors import BodyTooLarge, NotRun
-from .exchange import HOP
+from .exchange import HOP, REPEAT
 from .relay import relay_delete, relay_get, relay_post
 from .sessions import Owned, Sessions
 from .shared import SharedRelay
@@ -34,7 +35,9 @@ class Serving:
             except SessionClosed:
                 raise NotRun("closed") from None
             if call.message is not None:
-                await relay_post(link, call.message, call.body, headers, receive, send)
+                # What may be running under this id upstream is asked for again under another one.
+                way = SharedLink(link, SharedIds(session.next_id), b"") if REPEAT in call.scope else link
+                await relay_post(way, call.message, call.body, headers, receive, send)
             elif call.scope["method"] == "GET":
                 await relay_get(link, headers, receive, send, adopted=owned.adopted)
             else:
