@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, cast
 
 from .calls import JSON_HEADERS, call, notify
-from .errors import OpenFailed, PoolError, UpstreamRefused
+from .errors import CallTimeout, OpenFailed, PoolError, UpstreamLost, UpstreamRefused
 from .link import Headers, Link
 
 NEWEST_VERSION: Final = "2025-11-25"
@@ -32,6 +32,8 @@ async def initialize(link: Link, params: dict[str, Any], headers: Headers) -> di
         answer = await call(link, "initialize", params, id=INITIALIZE_ID, headers=[*JSON_HEADERS, *headers])
     except UpstreamRefused as error:
         raise OpenFailed(f"the upstream refused to open a session: HTTP status {error.status}") from error
+    except (UpstreamLost, CallTimeout) as error:  # whatever became of the session, no call of it has run
+        raise OpenFailed(f"the upstream broke off the handshake: {error}") from error
     error: Any = answer.payload.get("error")
     if error is not None:
         told = cast("dict[str, Any]", error).get("message", "") if isinstance(error, dict) else ""

@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from .breakers import Breakers
-from .errors import OpenFailed, UpstreamLost, UpstreamRefused
+from .errors import OpenFailed, UpstreamRefused
 from .guarded_link import GuardedLink
 from .handshake import initialize
 from .http_link import HttpClients, HttpLink
@@ -55,9 +55,6 @@ class LinkOpener:
                 permit.abandoned()
             else:
                 permit.failed()
-            raise
-        except UpstreamLost:
-            permit.failed()
             raise
         except BaseException:
             permit.abandoned()

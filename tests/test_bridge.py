@@ -581,7 +581,7 @@ CAPABILITIES = st.dictionaries(
 IMPLEMENTATION = st.fixed_dictionaries(
     {}, optional={"name": st.just("x") | ANY, "version": st.just("1") | ANY, "title": ANY}
 )
-TOKEN = st.none() | st.text(max_size=4) | st.integers(0, 9) | st.lists(st.integers(), max_size=1)
+TOKEN = st.none() | st.text(max_size=4) | st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=1)
 META = st.fixed_dictionaries(
     {},
     optional={

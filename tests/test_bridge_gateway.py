@@ -307,3 +307,28 @@ async def test_clients_of_the_handshake_era_see_none_of_it(fleet: Fleet, affinit
         result = (await session.request("tools/list")).result
         assert not {"resultType", "ttlMs", "cacheScope"} & set(result)
         assert (await session.request("ping")).result == {}
+
+
+@AFFINITIES
+async def test_a_server_that_does_not_start_opens_no_session_of_either_era(fleet: Fleet, affinity: str) -> None:
+    """B8"""
+    async with aiohttp.ClientSession() as http:
+        answer = await RawSession(http, fleet.url(f"{affinity}-broken")).initialize()
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+
+@AFFINITIES
+async def test_b30_what_is_nested_too_deep_to_be_written_again(fleet: Fleet, affinity: str) -> None:
+    """In either era: an error, and no trace of a stack."""
+    payload = orjson.dumps(request("tools/call", {"name": "find", "arguments": {}}))
+    payload = payload.replace(b'"arguments":{}', b'"arguments":{"title":' + b"[" * 300 + b"]" * 300 + b"}")
+    headers = headers_of(request("tools/call", {"name": "find"}))
+    async with aiohttp.ClientSession() as http:
+        async with http.post(fleet.url(affinity), data=payload, headers=headers) as response:
+            answer = await response.json()
+            assert (response.status, answer["id"], answer["error"]["code"]) == (400, 7, -32600)
+        async with RawSession(http, fleet.url(affinity)) as session:
+            payload = payload.replace(b'"_meta"', b'"other"')
+            answer = await session.post(payload)
+            assert (answer.status, answer.error["data"]) == (200, {"outcome": "not_run"})
+    assert not any("request_failed" in worker.output() for worker in fleet.workers)

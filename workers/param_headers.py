@@ -74,7 +74,7 @@ def repeated_in(schema: Any) -> tuple[Repeated, ...]:
         if not path or not isinstance(token, str) or not _TOKEN.fullmatch(token) or kind not in _TYPES:
             return ()
         name = PREFIX + token.lower()
-        if False:
+        if name in found:
             return ()
         found[name] = Repeated(path, name, kind == "integer")
     return tuple(found.values())
