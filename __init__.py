@@ -17,11 +17,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .pool import (
+        AuthFailed,
         CallTimeout,
         CircuitOpen,
         Config,
         ConfigError,
+        Fenced,
         HttpTarget,
+        OAuth,
         OpenFailed,
         PoolError,
         PoolFull,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
         StdioTarget,
         Upstream,
         UpstreamLost,
+        UpstreamRefused,
         Want,
         load_config,
         parse_config,
@@ -48,11 +52,14 @@ _WHERE = {
     "CallFailed": ".pool.dispatcher",
     **dict.fromkeys(
         (
+            "AuthFailed",
             "CallTimeout",
             "CircuitOpen",
             "Config",
             "ConfigError",
+            "Fenced",
             "HttpTarget",
+            "OAuth",
             "OpenFailed",
             "PoolError",
             "PoolFull",
@@ -64,6 +71,7 @@ _WHERE = {
             "StdioTarget",
             "Upstream",
             "UpstreamLost",
+            "UpstreamRefused",
             "Want",
             "load_config",
             "parse_config",
@@ -76,14 +84,17 @@ _WHERE = {
 _TYPED = frozenset({"Fleet", "Callbacks", "CallFailed"})
 
 __all__ = [
+    "AuthFailed",
     "CallFailed",
     "CallTimeout",
     "Callbacks",
     "CircuitOpen",
     "Config",
     "ConfigError",
+    "Fenced",
     "Fleet",
     "HttpTarget",
+    "OAuth",
     "OpenFailed",
     "PoolError",
     "PoolFull",
@@ -95,6 +106,7 @@ __all__ = [
     "StdioTarget",
     "Upstream",
     "UpstreamLost",
+    "UpstreamRefused",
     "Want",
     "load_config",
     "parse_config",

@@ -141,7 +141,8 @@ class PooledSession:
     def link(self) -> Link:
         """Raises `SessionClosed` before the session is open and after it began to close."""
         if self._link is None or self.state is not State.READY or self.is_closed:
-            raise SessionClosed(f"the session is {self.state.value}")
+            state = "gone" if self.state is State.READY else self.state.value
+            raise SessionClosed(f"the session is {state}")
         return self._link
 
     @property

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,46 @@ def test_every_setting_of_a_page_exists(page: Path) -> None:
     assert named <= {PREFIX + name.upper() for name in Settings.model_fields} | {PREFIX}
 
 
-def test_no_module_imports_an_sdk_as_the_architecture_says() -> None:
-    imports = re.compile(r"^\s*(?:from|import) mcp\b", re.MULTILINE)
-    found = [path for name in CODE_FOLDERS for path in (ROOT / name).glob("*.py") if imports.search(path.read_text())]
-    assert not found, "tell it in docs/architecture.md"
+def at_import(path: Path) -> set[str]:
+    """What a module imports when it is imported itself: not in functions, not for type checkers. Relative imports as
+    paths (`pool/typed.py`), others by the first part of their name."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            files = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+            found |= {str(file.relative_to(ROOT)) for file in files if file.is_file()}
+        waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def test_the_modules_that_import_the_sdk_are_those_of_the_architecture_and_no_other_imports_them_at_once() -> None:
+    _, _, page = (ROOT / "docs" / "architecture.md").read_text().partition("exactly\nthese modules do: ")
+    said = set(re.findall(r"`((?:pool|workers|coordinator)/\w+\.py)`", page.partition(". ")[0]))
+    files = [ROOT / "__init__.py", *(path for name in CODE_FOLDERS for path in (ROOT / name).glob("*.py"))]
+    imports = {str(path.relative_to(ROOT)): at_import(path) for path in files}
+    real = {name for name, what in imports.items() if what & {"mcp", "mcp_types"}}
+    assert said == real
+    assert {name: what & real for name, what in imports.items() if name not in real and what & real} == {}
+
+
+@each_page
+def test_every_block_of_python_compiles_and_names_what_there_is(page: Path) -> None:
+    for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        tree = compile(code, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST, dont_inherit=True)
+        compile(tree, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "leasehold":
+                module = import_module(node.module or "")
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

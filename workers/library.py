@@ -132,8 +132,8 @@ class Fleet:
 
         All who name the same server, `principal` and `affinity`, in any process of the fleet, share one upstream
         session; it lives until it is idle for the server's `idle_ttl`. Without `affinity`, one of this process's own
-        pool is borrowed. Without `principal`, the `headers` (credentials) are who calls; they reach the upstream as far
-        as its `forward_headers` names them.
+        pool is borrowed, as with `SessionPool.session`. Without `principal`, the `headers` (credentials) are who
+        calls; with an `affinity` each of them has to be in the server's `forward_headers`, for it crosses to the owner.
 
         Calls raise `MCPError` with what the server answered, `CallFailed` with an `outcome` where there was no answer.
         Raises `ConfigError` for a server or header that the configuration does not have.
