@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export UV_NO_PROGRESS := 1
 unexport VIRTUAL_ENV PYTHONPATH
 
-.PHONY: help setup demo test acceptance conformance bench lint format lock clean
+.PHONY: help setup demo test acceptance conformance bench memory soak lint format lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r verb what; do \
@@ -38,8 +38,15 @@ acceptance: setup $(ENVS)/sdk1/.done $(ENVS)/fastmcp/.done $(ENVS)/node/.done ##
 conformance: setup $(ENVS)/node/.done ## run the protocol's conformance suite through four workers
 	$(BIN)/python tests/acceptance/conformance.py $(ARGS)
 
-bench: setup ## measure what a hop costs
+bench: setup ## measure what a call costs: by a hop, and through the pool (ARGS="--seconds 3 --json")
 	$(BIN)/python bench/hop.py $(ARGS)
+	$(BIN)/python bench/pool.py $(ARGS)
+
+memory: setup ## measure what idle sessions weigh, and that nothing grows (ARGS=--quick)
+	$(BIN)/python bench/memory.py $(ARGS)
+
+soak: setup ## 20,000 calls of 200 to 1,000 users through one pool (ARGS="--requests 607000 --state FILE")
+	$(BIN)/python bench/soak.py $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .
