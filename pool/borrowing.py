@@ -13,6 +13,7 @@ from .errors import CallTimeout, OpenFailed, PoolError, SessionClosed, SessionRe
 from .jsonrpc import Message
 from .ledger import Slot
 from .link import Headers, Link, Reply
+from .liveness import HeardLink
 from .session import PooledSession
 from .upstream import Upstream
 
@@ -100,7 +101,9 @@ class Borrow:
     def link(self) -> Link:
         """The session's link, with what this holder's calls have to go through. Raises `SessionClosed`."""
         link = self.session.link
-        return link if self.want.auth is None else self._pool.authorized(link, self.want)
+        if self.want.auth is not None:
+            link = self._pool.authorized(link, self.want)
+        return HeardLink(link, self.session) if self.is_shared else link
 
     @property
     def renewing(self) -> asyncio.Lock:
@@ -113,6 +116,11 @@ class Borrow:
         """Raises `SessionReleased`."""
         if self._released:
             raise SessionReleased("this session was given back to its pool")
+
+    def was_answered(self) -> None:
+        """Note that a call was."""
+        self.answered += 1
+        self.session.heard()
 
     def failed(self, error: PoolError | None) -> None:
         """Note how a call ended. A session that others share is only lost when its transport says so."""
@@ -207,7 +215,7 @@ async def _watched(chunks: AsyncGenerator[bytes, None], borrow: Borrow) -> Async
         yield b""
         async for chunk in chunks:
             yield chunk
-        borrow.answered += 1
+        borrow.was_answered()
     except PoolError as error:
         borrow.failed(error)
         raise

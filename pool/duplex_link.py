@@ -87,6 +87,10 @@ class DuplexLink(ABC):
     def _on_invalid(self, data: bytes, error: InvalidMessage) -> None:
         """The server said something that is no message."""
 
+    def _patience_s(self, message: Message) -> float:
+        """How long the server may be silent after this request."""
+        return self._call_timeout_s
+
     # The faces of a link
 
     @property
@@ -153,7 +157,7 @@ class DuplexLink(ABC):
             return Reply(400, list(_JSON), once(error))
         stream = LineStream(id, message.progress_token)
         self._start(stream, body, headers)
-        events = self._events(stream, self._call_timeout_s)
+        events = self._events(stream, self._patience_s(message))
         # In the turn of the write, so that no answer can come before.
         self._router.open(stream)
         try:

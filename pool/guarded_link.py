@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .breaker import TRANSPORT_FAILURES
 from .breakers import Breakers
+from .errors import CallTimeout
 from .jsonrpc import Message
 from .link import Headers, Link, Reply, ResumeRecord
 
@@ -39,6 +40,13 @@ class GuardedLink:
         except TRANSPORT_FAILURES:
             # A process or stream that dies under a hundred calls has failed once.
             permit.failed(event=None if self.resume is not None else id(self.inner))
+            raise
+        except CallTimeout:
+            # Silence may be work; but nothing works on this.
+            if message.method == "initialize":
+                permit.failed()
+            else:
+                permit.abandoned()
             raise
         except BaseException:
             permit.abandoned()

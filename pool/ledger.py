@@ -11,71 +11,14 @@ A session counts from the decision to open it until it has ended. Sessions of on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
+from .effects import Close, Effects, Fail, Grant, Limits, Open, S, Scope, Slot, W
 from .errors import PoolFull
 
-S = TypeVar("S", bound=Hashable)
-"""A session, by identity."""
-W = TypeVar("W", bound=Hashable)
-"""Somebody who waits for one, by identity."""
 K = TypeVar("K")
-
-
-class Slot(NamedTuple):
-    """What sessions must have in common to stand in for one another. `kind`: credentials and capabilities."""
-
-    upstream: str
-    principal: str
-    kind: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How many sessions an upstream may have. None: no limit beside the others."""
-
-    sessions: int
-    per_principal: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Open a session of this slot; then tell `opened`, `open_failed` or `open_forgone`."""
-
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class Grant(Generic[S, W]):
-    """Give a session to somebody who waited for it."""
-
-    waiter: W
-    session: S
-
-
-@dataclass(frozen=True, slots=True)
-class Fail(Generic[W]):
-    """Tell somebody that the session opened for them could not be."""
-
-    waiter: W
-
-
-@dataclass(frozen=True, slots=True)
-class Close(Generic[S]):
-    """Close a session; then tell `ended`."""
-
-    session: S
-    reason: str
-
-
-Scope = Slot | tuple[str, str] | str | None
-"""A slot; an upstream and principal; an upstream; all."""
-
-Effect = Open | Grant[S, W] | Fail[W] | Close[S]
-Effects = list[Open | Grant[S, W] | Fail[W] | Close[S]]
 
 
 class Place(Enum):
@@ -107,6 +50,7 @@ class Ledger(Generic[S, W]):
         self._entries: dict[S, _Entry] = {}
         self._waiters: dict[W, Slot] = {}
         self._queues: dict[Slot, dict[W, None]] = {}
+        self._passed: Counter[W] = Counter()
         # Sessions that are idle, the last used one last: of each slot, principal and upstream (see `_scopes`), and all.
         self._idle: dict[Scope, dict[S, None]] = {}
         self._opening: Counter[Slot] = Counter()
@@ -193,6 +137,7 @@ class Ledger(Generic[S, W]):
         slot = self._waiters.pop(waiter, None)
         if slot is None:
             return False
+        self._passed.pop(waiter, None)
         queue = self._queues[slot]
         del queue[waiter]
         if not queue:
@@ -207,7 +152,8 @@ class Ledger(Generic[S, W]):
             return []
         if not keep or self.is_closed:
             return [self._close(session, entry, "drained" if keep else reason)]
-        return self._offer(session, entry)
+        due = self._due_before(entry.slot)
+        return self._offer(session, entry) if due is None else [self._close_for(due, session, entry)]
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -297,8 +243,8 @@ class Ledger(Generic[S, W]):
         """Lend no more: who waits is told, what is idle closes, what is lent closes when it is released."""
         self.is_closed = True
         effects: Effects[S, W] = [Fail(waiter) for waiter in self._waiters]
-        self._waiters.clear()
-        self._queues.clear()
+        for waiting in (self._waiters, self._queues, self._passed):
+            waiting.clear()
         effects.extend(self._close(session, self._entries[session], "drained") for session in self.idle_sessions())
         return effects
 
@@ -360,25 +306,31 @@ class Ledger(Generic[S, W]):
         if self.blocked_by(slot) is None:
             return [self._open(slot)]
         victim = self._victim(slot) if without_room > 0 else None
-        if victim is None:
-            return []
-        entry = self._entries[victim]
-        entry.room_for = slot
-        self._making_room[slot] += 1
-        return [self._close(victim, entry, "evicted")]
+        return [] if victim is None else [self._close_for(slot, victim, self._entries[victim])]
+
+    def _due_before(self, free: Slot) -> Slot | None:
+        """Those who wait for a session like the free one could be served for ever, and who came before them and needs
+        its room never. He is passed over as often as there are sessions; then one of his slot is due instead."""
+        if free not in self._queues:
+            return None
+        for waiter, slot in self._waiters.items():
+            if slot == free:
+                return None
+            if not self._opening[slot] + self._making_room[slot] and self._scope_in_the_way(slot) in _scopes(free):
+                self._passed[waiter] += 1
+                return slot if self._passed[waiter] > self._total else None
+        return None
 
     def _victim(self, slot: Slot) -> S | None:
         """The longest idle session whose end makes room for one of this slot, or brings it nearer."""
-        limits = self.limits[slot.upstream]
-        scope: Scope = None
-        if self._per_upstream[slot.upstream] >= limits.sessions:
-            scope = slot.upstream
-        if (
-            limits.per_principal is not None
-            and self._per_principal[slot.upstream, slot.principal] >= limits.per_principal
-        ):
-            scope = slot.upstream, slot.principal
-        return next(iter(self._idle.get(scope, ())), None)
+        return next(iter(self._idle.get(self._scope_in_the_way(slot), ())), None)
+
+    def _scope_in_the_way(self, slot: Slot) -> Scope:
+        """Where sessions have to end before there is room for one of this slot."""
+        limits, principal = self.limits[slot.upstream], (slot.upstream, slot.principal)
+        if limits.per_principal is not None and self._per_principal[principal] >= limits.per_principal:
+            return principal
+        return slot.upstream if self._per_upstream[slot.upstream] >= limits.sessions else None
 
     def _open(self, slot: Slot) -> Open:
         self._opening[slot] += 1
@@ -390,6 +342,11 @@ class Ledger(Generic[S, W]):
             self._no_longer_idle(session, entry.slot)
         entry.place = Place.CLOSING
         return Close(session, reason)
+
+    def _close_for(self, slot: Slot, session: S, entry: _Entry) -> Close[S]:
+        entry.room_for = slot
+        self._making_room[slot] += 1
+        return self._close(session, entry, "evicted")
 
     def _no_longer_idle(self, session: S, slot: Slot) -> None:
         for scope in _scopes(slot):

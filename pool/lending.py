@@ -11,12 +11,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from .borrowing import Borrow, Want
-from .calls import call
 from .errors import OpenFailed, PoolError, PoolFull, PoolTimeout
-from .handshake import session_headers
-from .health import check
 from .ledger import Close, Effects, Fail, Grant, Ledger, Limits, Open, Slot
 from .link import Link
+from .liveness import is_well
 from .session import CLOSE_GRACE_S, PooledSession, State
 from .statistics import Counts
 from .upstream import Upstream
@@ -58,11 +56,11 @@ class Lending:
 
     # -- borrowing and returning -----------------------------------------------------------------------------------
 
-    async def acquire(self, want: Want, *, timeout_s: float | None = None) -> Borrow:
+    async def acquire(self, want: Want, *, timeout_s: float | None = None, sure: bool = False) -> Borrow:
         """See `SessionPool.acquire`."""
         session = self._take(want)
-        if session is None or session.is_closed or session.is_expired or self._is_stale(session):
-            session = await self._acquire(want, session, timeout_s)
+        if session is None or session.is_closed or session.is_expired or session.is_due or sure:
+            session = await self._acquire(want, session, timeout_s, sure=sure)
         self._counts.loan(session)
         return Borrow(self, session, want)
 
@@ -77,7 +75,8 @@ class Lending:
         elif session.is_expired:
             self.perform(self.ledger.release(session, keep=False, reason="max_age"))
         else:
-            self.perform(self.ledger.release(session, keep=not discard))
+            reason = "lost" if session.is_closed else "discarded"
+            self.perform(self.ledger.release(session, keep=not discard, reason=reason))
         self._returned.set()
 
     def authorized(self, link: Link, want: Want) -> Link:
@@ -92,7 +91,8 @@ class Lending:
             if borrow.session is not lost:
                 return
             self.perform(self.ledger.release(lost, keep=False))
-            session = await self._acquire(borrow.want, None, timeout_s)
+            # What has ended one session may have ended the others.
+            session = await self._acquire(borrow.want, None, timeout_s, sure=True)
             if borrow.is_released:  # meanwhile
                 self.perform(self.ledger.release(session, keep=True))
             borrow.check()
@@ -146,16 +146,20 @@ class Lending:
             raise PoolFull("the pool is not open")
         return self._shared_session(slot)
 
-    async def _acquire(self, want: Want, session: PooledSession | None, timeout_s: float | None) -> PooledSession:
-        """With time and patience: wait, and check what was not used for a while."""
+    async def _acquire(
+        self, want: Want, session: PooledSession | None, timeout_s: float | None, *, sure: bool
+    ) -> PooledSession:
+        """With time and patience: wait, and check what was not heard of for a while; if it is to be `sure`, whatever
+        is not new."""
         limit = self.acquire_timeout_s if timeout_s is None else timeout_s
+        fault = ""
         try:
             async with asyncio.timeout(limit):
                 while True:
                     if session is None:
                         session = self._take(want) or await self._wait(want)
                     try:
-                        fault = await self._fault(session, want)
+                        fault = await self._fault(session, want, sure=sure)
                     except BaseException:
                         self._drop(want, session, "discarded")
                         raise
@@ -164,7 +168,8 @@ class Lending:
                     self._drop(want, session, fault)
                     session = None
         except TimeoutError:
-            raise PoolTimeout(f"no session of {want.upstream.name} came free within {limit:g} s") from None
+            why = f" (the last one was {fault})" if fault else ""
+            raise PoolTimeout(f"no session of {want.upstream.name} came free within {limit:g} s{why}") from None
 
     def _drop(self, want: Want, session: PooledSession, reason: str) -> None:
         if want.affinity is None:
@@ -237,16 +242,13 @@ class Lending:
         if not self.ledger.is_used(slot) and slot not in self._minimum:
             self._wants.pop(slot, None)
 
-    def _is_stale(self, session: PooledSession) -> bool:
-        return session.idle_s > session.upstream.health_check_interval_s
-
-    async def _fault(self, session: PooledSession, want: Want) -> str:
-        """Why a session cannot be lent; "" if it can. One that was not used for a while is checked first."""
+    async def _fault(self, session: PooledSession, want: Want, *, sure: bool) -> str:
+        """Why a session cannot be lent; "" if it can."""
         if session.is_closed:
             return "lost"
         if session.is_expired and want.affinity is None:
             return "max_age"
-        if not self._is_stale(session):
+        if not session.is_due and (session.is_new or not sure):
             return ""
         if want.affinity is None:
             is_well = await self._is_well(session, want)
@@ -270,21 +272,9 @@ class Lending:
             return False
 
     async def _is_well(self, session: PooledSession, want: Want) -> bool:
-        """The health check. Only one that went well counts as a use."""
-        self._counts.health_checks += 1
-        upstream, result = session.upstream, session.initialize_result or {}
-        headers = session_headers(str(result.get("protocolVersion", "")), want.headers)
-
-        async def ask(method: str) -> dict[str, Any]:
-            link = session.link if want.auth is None else self._authorize(session.link, want)
-            return (await call(link, method, id=session.next_id(), headers=headers)).payload
-
-        verdict = await check(ask, upstream.health_check, upstream.health_check_timeout_s)
-        if not verdict.healthy:
-            logger.info("unhealthy session=%s upstream=%s reason=%s", session.key[:8], upstream.name, verdict.reason)
-            return False
-        session.touch()
-        return not session.is_closed
+        if want.auth is None:
+            return await is_well(session, want.headers)
+        return await is_well(session, want.headers, lambda link: self._authorize(link, want))
 
     # -- creating --------------------------------------------------------------------------------------------------
 

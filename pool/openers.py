@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 DENIED: Final = (401, 403)
+HANDSHAKE_TIMEOUT_S: Final = 28.0
+"""Less than what opening may take in all, so that it is known what took so long."""
 
 
 class LinkOpener:
@@ -46,7 +48,11 @@ class LinkOpener:
         who presents them, not for the upstream. Raises `OpenFailed` and `CircuitOpen`."""
         permit = await self._breakers.admit_opening(upstream.name, principal, _fingerprint(headers))
         try:
-            result = await initialize(link, params, headers)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                result = await initialize(link, params, headers)
+        except TimeoutError:
+            permit.failed()
+            raise OpenFailed(f"the upstream did not answer the handshake within {HANDSHAKE_TIMEOUT_S:g} s") from None
         except OpenFailed as error:
             cause = error.__cause__
             if isinstance(cause, UpstreamRefused) and cause.status in DENIED:

@@ -235,13 +235,14 @@ class SessionPool:
 
     # -- lending ---------------------------------------------------------------------------------------------------
 
-    async def acquire(self, want: Want, *, timeout_s: float | None = None) -> Borrow:
-        """Borrow a session: one that is free, a new one, or the next that comes back, in order of arrival.
+    async def acquire(self, want: Want, *, timeout_s: float | None = None, sure: bool = False) -> Borrow:
+        """Borrow a session: one that is free, a new one, or the next that comes back, in order of arrival. One that
+        was idle for longer than `health_check_interval` is checked first; to be `sure`, any that is not new.
 
         Raises `PoolTimeout` after `timeout_s` (default: the pool's), `PoolFull` when too many wait already or the pool
         closes, and what opening one raised. Cancelled at any moment, it leaves nothing behind.
         """
-        return await self._lending.acquire(want, timeout_s=timeout_s)
+        return await self._lending.acquire(want, timeout_s=timeout_s, sure=sure)
 
     def prewarm(self, want: Want, minimum: int | None = None) -> None:
         """Have at least so many sessions ready for what is wanted (default: the upstream's `min_sessions`), now and
@@ -328,6 +329,7 @@ class SessionPool:
             session.expires_at = session.opened_at + upstream.max_age_s * (1 - MAX_AGE_JITTER * random.random())  # noqa: S311
         session.telling = self._telling.setdefault(upstream.name, asyncio.Semaphore(TELL_AT_ONCE))
         session.on_opened = self._counts.resumption if resume is not None else self._counts.opening
+        session.on_checked = self._counts.check
         self._sessions.add(session)
         owner = asyncio.get_running_loop().create_task(
             session.own(lambda: self._open_link(upstream, fence, resume), self._forget), name=f"owner-{key[:8]}"

@@ -68,7 +68,18 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
 """Every transition there is; any other pair is a bug and raises KeyError."""
 
 ENDS_UPSTREAM: Final = frozenset(
-    {"idle", "shutdown", "unregistered", "not_initialized", "open_failed", "discarded", "evicted", "max_age", "drained"}
+    {
+        "discarded",
+        "drained",
+        "evicted",
+        "idle",
+        "max_age",
+        "not_initialized",
+        "open_failed",
+        "shutdown",
+        "unhealthy",
+        "unregistered",
+    }
 )
 """Reasons to close after which the upstream session would live on unknown to anybody: it is told (DELETE)."""
 
@@ -106,7 +117,11 @@ class PooledSession:
         self.principal = principal
         self.state = State.OPENING
         self.in_flight = 0
-        self.opened_at = self.used_at = monotonic()
+        self.calls = 0
+        """Requests of those who share it that have no answer yet: `in_flight` counts holders and streams, too."""
+        self.opened_at = self.used_at = self.heard_at = monotonic()
+        self.is_doubted = False
+        """A call of theirs had no answer in its time, and nothing was heard since."""
         self.expires_at = inf
         """When it is too old to be lent once more (`monotonic`)."""
         self.close_reason = ""
@@ -115,6 +130,7 @@ class PooledSession:
         self.initialize_result = resume.initialize_result if resume else None
         """What the server said to the pool's own `initialize`; None where a client did the handshake."""
         self.on_opened: Callable[[], None] = lambda: None
+        self.on_checked: Callable[[], None] = lambda: None
         self.face: Face | None = None
         """What was put on top of the link, and has to go before it."""
         self.is_new = False
@@ -180,6 +196,17 @@ class PooledSession:
         return 0.0 if self.in_flight else monotonic() - self.used_at
 
     @property
+    def is_due(self) -> bool:
+        """Whether it is to be checked before it is used: it was not heard of for `health_check_interval`.
+
+        Not while a call is in flight, for a server may be too busy with that to answer; but for certain after one that
+        had no answer in its time.
+        """
+        if self.is_doubted:
+            return True
+        return not self.calls and monotonic() - self.heard_at > self.upstream.health_check_interval_s
+
+    @property
     def is_expired(self) -> bool:
         """Whether it is past its maximum age."""
         return monotonic() > self.expires_at
@@ -205,6 +232,11 @@ class PooledSession:
     def touch(self) -> None:
         """Note a use."""
         self.used_at = monotonic()
+
+    def heard(self) -> None:
+        """Note that the upstream has answered."""
+        self.heard_at = monotonic()
+        self.is_doubted = False
 
     async def wait_open(self) -> None:
         """Return when the link is open; raises `PoolError`. The caller may be cancelled: the opening goes on."""
@@ -236,6 +268,7 @@ class PooledSession:
         try:
             if await self._open(open_link):
                 self._step(Event.OPENED)
+                self.heard()
                 self.on_opened()
                 self._opened.set_result(None)
                 await self._until_closed(self._running())
@@ -267,14 +300,17 @@ class PooledSession:
         except Exception as error:
             if not isinstance(error, PoolError | OSError | TimeoutError):
                 logger.exception("open_failed upstream=%s", self.upstream.name)
-            self._fail_open(
-                error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
-            )
+            self._fail_open(error if isinstance(error, PoolError) else OpenFailed(self._why_not_open(error)))
             self.close_reason = self.close_reason or "open_failed"
             return False
         finally:
             self._opening = None
         return True
+
+    def _why_not_open(self, error: Exception) -> str:
+        if not isinstance(error, TimeoutError):
+            return f"cannot open: {type(error).__name__}"
+        return "closed before it was open" if self._close_asked.done() else f"not open within {OPEN_TIMEOUT_S:g} s"
 
     def _running(self) -> Link:
         assert self._link is not None

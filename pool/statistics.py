@@ -83,6 +83,9 @@ class Counts:
         self.reused += not session.is_new
         session.is_new = False
 
+    def check(self) -> None:
+        self.health_checks += 1
+
     def waited(self, seconds: float) -> None:
         self.waits += 1
         self.wait_s += seconds

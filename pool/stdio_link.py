@@ -22,6 +22,8 @@ from .stdio_lines import StrayLog
 from .stdio_process import StdioProcess
 
 OPEN_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 30.0
+"""How long a process that has just begun may take to answer `initialize`, where a call has less time."""
 
 _log = logging.getLogger("leasehold.pool.stdio")
 
@@ -129,6 +131,9 @@ class StdioLink(DuplexLink):
             self._write(line)
         else:
             self._unsent[stream] = line
+
+    def _patience_s(self, message: Message) -> float:
+        return max(self._call_timeout_s, START_TIMEOUT_S if message.method == "initialize" else 0)
 
     def _withdraw(self, stream: LineStream) -> bool:
         return self._unsent.pop(stream, None) is not None

@@ -125,7 +125,7 @@ class Loan(ClientSession):
                     if failure.outcome == "unknown" and again.outcome == "not_run":
                         raise failure from again  # the first try may have run all the same
                     raise
-            borrow.answered += 1
+            borrow.was_answered()
             return result
         finally:
             _calling.reset(token)

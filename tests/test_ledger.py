@@ -3,6 +3,7 @@ way: a list of what is there, counted anew after each step."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -394,3 +395,23 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 TestLedger = LedgerMachine.TestCase
+
+
+def test_an_event_costs_little_however_many_wait_and_are_idle() -> None:
+    """B44: a thousand principals wait for an upstream that is full, while nine thousand sessions of others are idle."""
+    books: Books = Ledger(max_sessions=20_000, max_waiting=2_000)
+    books.limits.update({"busy": Limits(1), "idle": Limits(10_000)})
+    for session in range(9_000):
+        books.top_up(Slot("idle", str(session)), 1)
+        books.opened(session, Slot("idle", str(session)))
+    assert books.wait("first", Slot("busy", "holder")) == [Open(Slot("busy", "holder"))]
+    assert books.opened(-1, Slot("busy", "holder")) == [Grant("first", -1)]
+    for waiter in range(1_000):
+        assert books.wait(str(waiter), Slot("busy", str(waiter))) == []
+    begun = time.process_time()
+    for session in range(100):
+        assert books.acquire(Slot("idle", str(session))) == session
+        assert books.release(session, keep=True) == []
+    assert time.process_time() - begun < 5
+    assert books.release(-1, keep=True) == [Close(-1, "evicted")]
+    assert books.ended(-1) == [Open(Slot("busy", "0"))]

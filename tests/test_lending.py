@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from faults import eventually
-from leasehold.pool import Message, OpenFailed, PooledSession, PoolFull, SessionClosed, Upstream, UpstreamLost
+from leasehold.pool import Message, OpenFailed, PooledSession, PoolFull, Upstream, UpstreamLost
 from leasehold.pool.borrowing import Borrow, Want
 from leasehold.pool.errors import PoolTimeout, SessionReleased
-from leasehold.pool.link import own_headers
 from lending_pool import (
     ANY,
     FILES,
@@ -84,6 +81,34 @@ async def test_a_waiter_whose_turn_has_come_and_who_left_in_that_turn_passes_the
         borrow = await asyncio.wait_for(second, 5)
         assert borrow.session is held.session
         borrow.release()
+
+
+async def test_who_waits_for_room_is_not_passed_over_for_ever_by_those_who_came_later() -> None:
+    """B2: sessions that some share among them are never idle; after one round of them somebody else has his turn."""
+    async with lending(max_sessions=2) as pool:
+        served = 0
+
+        async def use_all_the_time() -> None:
+            nonlocal served
+            while not over.is_set():
+                borrow = await pool.acquire(Want(FILES, principal="busy"))
+                served += 1
+                await turns(3)
+                borrow.release()
+
+        over = asyncio.Event()
+        busy = [asyncio.create_task(use_all_the_time()) for _ in range(6)]
+        await eventually(lambda: served > 10)
+        for _ in range(3):
+            before = served
+            (await pool.acquire(Want(FILES, principal="other"), timeout_s=10)).release()
+            assert served - before < 20
+        before = served
+        await eventually(lambda: served > before + 20)
+        over.set()
+        await asyncio.gather(*busy)
+        await at_rest(pool)
+        assert pool.most_open == 2
 
 
 async def test_an_opening_that_fails_is_told_to_one_and_the_next_gets_a_new_try() -> None:
@@ -409,71 +434,3 @@ async def test_a_shared_session_that_was_lost_is_replaced_by_one() -> None:
             borrow.release()
         await at_rest(pool)
         assert (pool.statistics().kept, pool.statistics().closed) == (1, {"lost": 1})
-
-
-# -- who may stand in for whom -----------------------------------------------------------------------------------------
-
-
-def kinds_of_want() -> list[Want]:
-    """Callers no two of whom may ever have the same session."""
-    other = Upstream("other", TARGET)
-    token, another = own_headers({"authorization": "Bearer a"}), own_headers({"authorization": "Bearer b"})
-    tenant = own_headers({"authorization": "Bearer a", "x-tenant": "1"})
-    return [
-        Want(FILES),
-        Want(other),
-        Want(FILES, principal="alice"),
-        Want(FILES, principal="bob"),
-        Want(FILES, principal="anonymous"),
-        Want(FILES, headers=token),
-        Want(FILES, headers=another),
-        Want(FILES, headers=tenant),
-        Want(other, headers=token),
-        Want(FILES, principal="alice", capabilities={"sampling": {}}),
-        Want(FILES, principal="alice", capabilities={"sampling": {}, "roots": {}}),
-        Want(FILES, principal="alice", affinity="x"),
-        Want(FILES, principal="bob", affinity="x"),
-        Want(FILES, principal="alice", affinity="y"),
-        Want(FILES, headers=token, affinity="x"),
-    ]
-
-
-async def test_principals_credentials_upstreams_and_capabilities_never_share_a_session() -> None:
-    """B17: one after the other, so that what the last one left would be there for the next."""
-    async with lending() as pool:
-        wants = kinds_of_want()
-        for want in wants:
-            want.upstream = replace(want.upstream, max_sessions=50)
-        had: list[int] = []
-        for want in wants:
-            borrow = await pool.acquire(want)
-            had.append(id(borrow.session))
-            borrow.release()
-        assert max(Counter(had).values()) == 1
-        for want, session in zip(kinds_of_want(), had, strict=True):
-            want.upstream = replace(want.upstream, max_sessions=50)
-            borrow = await pool.acquire(want)
-            assert id(borrow.session) == session, "the same caller gets his own again"
-            borrow.release()
-
-
-async def test_two_upstreams_of_one_name_are_refused() -> None:
-    """B17: the name is what limits and sessions are kept by."""
-    async with lending() as pool:
-        (await pool.acquire(ANY)).release()
-        with pytest.raises(ValueError, match="one upstream of the name 'files', got two that differ"):
-            await pool.acquire(Want(replace(FILES, call_timeout_s=1.0), principal="alice"))
-        await at_rest(pool)
-
-
-async def test_a_session_is_opened_with_the_headers_of_who_wanted_it_last() -> None:
-    """B18"""
-    async with lending() as pool:
-        for token in ("old", "new"):
-            headers = own_headers({"authorization": f"Bearer {token}"})
-            borrow = await pool.acquire(Want(ONE, principal="alice", headers=headers))
-            method, sent = pool.links[-1].asked[0]
-            assert (method, dict(sent)[b"authorization"]) == ("initialize", f"Bearer {token}".encode())
-            borrow.release(discard=True)
-            with pytest.raises(SessionClosed):
-                _ = borrow.session.link

@@ -113,10 +113,13 @@ class Client:
         assert status == 200, message
         return message["result"]["count"]
 
-    async def send(self, method: str, call: str = "", params: Any = None) -> tuple[int, Any]:
-        """(status, body) of one request: decoded if it is JSON, the bytes of a stream."""
-        body = b""
-        if method == "POST":
+    async def tell(self, notification: str) -> int:
+        """The status of what wants no answer."""
+        return (await self.send("POST", body=orjson.dumps({"jsonrpc": "2.0", "method": notification})))[0]
+
+    async def send(self, method: str, call: str = "", params: Any = None, *, body: bytes = b"") -> tuple[int, Any]:
+        """(status, body) of one request: decoded if it is JSON, the bytes of a stream. `body`: its own, as it is."""
+        if method == "POST" and not body:
             body = orjson.dumps({"jsonrpc": "2.0", "id": next(self.ids), "method": call, "params": params})
         headers = [
             (b"host", b"localhost"),

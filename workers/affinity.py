@@ -24,7 +24,7 @@ from ..coordinator import Fate, Member, Registration, SealError, SessionRecord, 
 from ..pool import Message, PoolError
 from ..pool.jsonrpc import RequestId
 from ..pool.safety import is_safe_call
-from .answers import JSON, outcome_body, session_not_found, unavailable
+from .answers import JSON, outcome_body, session_not_found, turned_away, unavailable
 from .asgi import Receive, Scope, Send, respond
 from .errors import NotRun, OutcomeUnknown
 from .exchange import REPEAT
@@ -157,7 +157,7 @@ class Affinity:
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session's owner cannot be found", call.id) from error
         except PoolError as error:
-            raise unavailable(str(error), call.id, error.outcome) from error
+            raise turned_away(error, call.id) from error
         if found is None:
             raise session_not_found(call.id)
         return found

@@ -3,9 +3,10 @@ call ended by a JSON-RPC error in a 200, for clients of the 1.x SDKs end their w
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, Final
 
-from ..pool.errors import Outcome, PoolError
+from ..pool.errors import CircuitOpen, Outcome, PoolError
 from ..pool.jsonrpc import (
     INTERNAL_ERROR,
     INVALID_REQUEST,
@@ -54,10 +55,22 @@ def session_not_found(id: RequestId | None = None) -> Refused:  # noqa: A002
     return Refused(404, "Session not found", code=SESSION_NOT_FOUND, id=id)
 
 
-def unavailable(message: str, id: RequestId | None = None, outcome: Outcome = "not_run") -> Refused:  # noqa: A002
+def unavailable(
+    message: str,
+    id: RequestId | None = None,  # noqa: A002
+    outcome: Outcome = "not_run",
+    *,
+    retry_after_s: float = RETRY_AFTER_S,
+) -> Refused:
     """503 with Retry-After: nothing ran (unless `outcome` says otherwise), try again."""
-    retry = [(b"retry-after", b"%d" % RETRY_AFTER_S)]
+    retry = [(b"retry-after", b"%d" % ceil(retry_after_s))]
     return Refused(503, message, code=SERVER_ERROR, id=id, data={"outcome": outcome}, headers=retry)
+
+
+def turned_away(error: PoolError, id: RequestId | None = None) -> Refused:  # noqa: A002
+    """`unavailable` for what the pool has refused; an open circuit says itself when to try again."""
+    retry_after_s = error.retry_after_s if isinstance(error, CircuitOpen) else RETRY_AFTER_S
+    return unavailable(str(error), id, error.outcome, retry_after_s=retry_after_s)
 
 
 def too_large(limit: int) -> Refused:

@@ -16,7 +16,7 @@ from ..pool import CircuitOpen, Fenced, HttpTarget, Link, Message, PoolError, Po
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.link import Reply
 from ..pool.sse import EventSplitter
-from .answers import JSON, outcome_body, unavailable
+from .answers import JSON, outcome_body, turned_away, unavailable
 from .asgi import Headers, Receive, Send, has_left, is_event_stream, respond, until_disconnect
 from .errors import Disconnected
 from .identity import Caller, Identity
@@ -76,7 +76,7 @@ class Opening:
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session cannot be registered", message.id) from error
         except (PoolFull, Fenced, CircuitOpen) as error:
-            raise unavailable(str(error), message.id) from error
+            raise turned_away(error, message.id) from error
         except PoolError as error:
             await respond(send, 502, outcome_body(str(error), error.outcome, message.id), JSON)
         finally:

@@ -14,7 +14,7 @@ from typing import Final
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
 from ..pool.sharing import Posts
 from ..pool.sse import STREAM_HEADERS, event
-from .answers import JSON, pool_error_body, unavailable
+from .answers import JSON, pool_error_body, turned_away
 from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect
 from .errors import BrokenOff, NotRun
 
@@ -85,7 +85,7 @@ def _refusal(error: PoolError) -> Exception:
     """Nothing was sent by a session that has ended here, or whose lease has: it may be found elsewhere by now."""
     if isinstance(error, SessionClosed | Fenced):
         return NotRun("fenced" if isinstance(error, Fenced) else "closed")
-    return unavailable(str(error), outcome=error.outcome)
+    return turned_away(error)
 
 
 async def _stream(reply: Reply, request: Message | None, send: Send) -> None:

@@ -7,7 +7,7 @@ from ..pool import PoolError, SessionClosed, parse
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Call
-from .answers import Refused, too_large, unavailable
+from .answers import Refused, too_large, turned_away
 from .asgi import Receive, Scope, Send, read_body
 from .errors import BodyTooLarge, NotRun
 from .exchange import HOP, REPEAT
@@ -51,13 +51,16 @@ class Serving:
             try:
                 await self._sessions.opened(owned)
             except PoolError as error:
-                raise unavailable(str(error), call.id, error.outcome) from error
+                raise turned_away(error, call.id) from error
         if session.is_closed:
             raise NotRun("closed")
-        if owned.relay is None:
-            owned.relay = SharedRelay(session)
+        relay: SharedRelay = owned.relay or SharedRelay(session)
+        owned.relay = relay
+        if relay.asks_upstream(call) and not await relay.is_well(call.scope["headers"]):
+            self._sessions.end(owned, "unhealthy")
+            raise NotRun("closed")  # whoever owns the next one runs it
         try:
-            await owned.relay.serve(call, receive, send)
+            await relay.serve(call, receive, send)
         finally:
             if session.is_closed and not session.keeps_record:  # its record goes now: the next call opens another
                 self._sessions.end(owned, "lost")

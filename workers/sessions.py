@@ -82,6 +82,8 @@ class Sessions:
         self._reconciling = asyncio.Lock()
         self._unreleased: dict[str, Registration] = {}
         """Records that are to go: of sessions that have ended, and of claims whose answer was lost (epoch 0)."""
+        self._claiming: set[str] = set()
+        """Keys of shared sessions whose claim is under way: what is written under them is not to be released."""
         self.due = asyncio.Event()
         """Set when something should be reconciled now rather than at the next turn."""
         self.draining = False
@@ -156,10 +158,17 @@ class Sessions:
         record = SessionRecord(key, registration, upstream.name, opens.principal, created_ms, None)
         await self._release_one(key)  # of the one before, where that has just ended here
         self.doubt(key)
-        claimed = await member.directory.claim(record, self._ttl(upstream))
+        self._claiming.add(key)
+        try:
+            claimed = await member.directory.claim(record, self._ttl(upstream))
+        finally:
+            self._claiming.discard(key)
         self._unreleased.pop(key, None)
         if not claimed.won or claimed.registration is None:
             return None
+        if self.draining:  # since it was claimed
+            await member.directory.release(key, claimed.registration)
+            raise Unavailable("this worker takes no more sessions")
 
         handshake = self._pool.handshake(upstream, opens.principal, opens.params, opens.headers)
         try:
@@ -319,21 +328,26 @@ class Sessions:
 
     async def _release_ended(self) -> None:
         for key in list(self._unreleased):
-            if key not in self._owned:  # else it is being registered
-                await self._release_one(key)
+            await self._release_one(key)
+
+    def _is_to_go(self, key: str, registration: Registration) -> bool:
+        claimed_anew = key in self._owned or key in self._claiming
+        return self._unreleased.get(key) is registration and not claimed_anew
 
     async def _release_one(self, key: str) -> None:
         registration = self._unreleased.get(key)
-        if registration is None:
+        if registration is None or not self._is_to_go(key, registration):
             return
         directory = self._member.directory
         if registration.epoch == 0:  # a claim whose answer was lost: whatever stands in that name is ours
             record = await directory.look_up(key)
-            if record is not None and record.registration.owner == registration.owner:
+            # Unless it was claimed once more since: then it stands for a session that lives.
+            ours = record is not None and record.registration.owner == registration.owner
+            if record is not None and ours and self._is_to_go(key, registration):
                 await directory.release(key, record.registration)
         else:
             await directory.release(key, registration)
-        if self._unreleased.get(key) == registration:
+        if self._unreleased.get(key) is registration:
             del self._unreleased[key]
 
     def _note(self, owned: Owned, registration: Registration) -> None:

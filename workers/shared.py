@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import orjson
 
-from ..pool import Message, PooledSession, PoolError
+from ..pool import Message, PooledSession, PoolError, Upstream
 from ..pool.calls import session_stream
-from ..pool.link import Link
+from ..pool.link import Headers, Link
+from ..pool.liveness import HeardLink, is_well
 from ..pool.sharing import SharedIds, SharedLink
 from ..pool.sse import event
 from .affinity import Call
@@ -45,11 +46,33 @@ class SharedRelay:
         self._ids = SharedIds(session.next_id, str(self._result.get("protocolVersion", "")))
         self._listeners: dict[_Listener, None] = {}
         self._listening: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[bool] | None = None
         self._is_open = False
         """Whether the upstream's stream is."""
 
     def __repr__(self) -> str:
         return f"<SharedRelay of {self._session!r} listeners={len(self._listeners)} {self._ids!r}>"
+
+    @staticmethod
+    def asks_upstream(call: Call) -> bool:
+        """Whether a call is a request that the upstream answers."""
+        return call.message is not None and call.message.kind == "request" and call.message.method != "initialize"
+
+    async def is_well(self, headers: Headers) -> bool:
+        """Whether calls may go to the session, which is checked first where it was not heard of for a while: once for
+        all who ask meanwhile, with the credentials of the first of them (`headers`: his)."""
+        if self._checking is None:
+            if not self._session.is_due:
+                return not self._session.is_closed
+            check = is_well(self._session, forwarded(self._session.upstream, headers))
+            self._checking = asyncio.get_running_loop().create_task(check, name="leasehold-check")
+            self._checking.add_done_callback(self._checked)
+        return await asyncio.shield(self._checking)
+
+    def _checked(self, check: asyncio.Task[bool]) -> None:
+        self._checking = None
+        if not check.cancelled():
+            check.exception()  # retrieved: who asked may have left
 
     async def serve(self, call: Call, receive: Receive, send: Send) -> None:
         """Answer one request of one client. Raises what a relay raises."""
@@ -64,7 +87,7 @@ class SharedRelay:
         elif message.method == "notifications/initialized":
             await respond(send, 202, b"", [])
         else:
-            link = SharedLink(self._session.link, self._ids, client)
+            link = SharedLink(HeardLink(self._session.link, self._session), self._ids, client)
             await relay_post(link, message, call.body, call.scope["headers"], receive, send)
 
     # -- the stream of messages that belong to no request ----------------------------------------------------------
@@ -142,6 +165,11 @@ def initialize_answer(message: Message, result: dict[str, Any]) -> bytes:
     if asked in HANDSHAKE_VERSIONS and agreed in HANDSHAKE_VERSIONS:
         agreed = min(asked, agreed)  # they are dates
     return orjson.dumps({"jsonrpc": "2.0", "id": message.id, "result": {**result, "protocolVersion": agreed}})
+
+
+def forwarded(upstream: Upstream, headers: Headers) -> Headers:
+    """The caller's headers that this upstream is to see."""
+    return [pair for pair in headers if pair[0].decode("latin-1") in upstream.forward_headers]
 
 
 class _Listener:

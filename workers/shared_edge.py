@@ -18,7 +18,7 @@ from ..pool.jsonrpc import INVALID_REQUEST
 from ..pool.link import Headers, Reply
 from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Affinity, Call, is_safe
-from .answers import HANDSHAKE_VERSIONS, JSON, Refused, session_not_found, unavailable
+from .answers import HANDSHAKE_VERSIONS, JSON, Refused, session_not_found, turned_away, unavailable
 from .asgi import Message as AsgiMessage
 from .asgi import Receive, Scope, Send, header, respond, until_disconnect
 from .door import method_not_allowed
@@ -26,7 +26,7 @@ from .guard import Guard
 from .identity import Caller, Identity
 from .relay import relay_post
 from .sessions import Opens
-from .shared import initialize_answer
+from .shared import forwarded, initialize_answer
 from .stateless_edge import StatelessEdge
 
 
@@ -99,7 +99,7 @@ class SharedEdge:
     ) -> None:
         if upstream.affinity == "principal":
             key = self._identity.shared_key(upstream.name, caller.bound)
-            opens = Opens(upstream, caller.principal, initialize_params(), _forwarded(upstream, scope["headers"]))
+            opens = Opens(upstream, caller.principal, initialize_params(), forwarded(upstream, scope["headers"]))
             # Initializing is safe, for it is the owner's doing: he answers with what the server said to him.
             safe = is_safe(message, upstream.idempotent_tools) or (
                 message is not None and message.method == "initialize"
@@ -135,7 +135,7 @@ class SharedEdge:
                 with until_disconnect(receive):
                     result = await any_session.initialize_result(message)
             except PoolError as error:
-                raise unavailable(str(error), message.id, error.outcome) from error
+                raise turned_away(error, message.id) from error
             await respond(send, 200, initialize_answer(message, result), JSON)
             return
         self._running[client, message.id] = any_session
@@ -167,7 +167,7 @@ class _AnySession:
 
     def __init__(self, pool: SessionPool, upstream: Upstream, caller: Caller, headers: Headers, client: bytes) -> None:
         self._pool = pool
-        self._want = Want(upstream, principal=caller.principal, headers=_forwarded(upstream, headers))
+        self._want = Want(upstream, principal=caller.principal, headers=forwarded(upstream, headers))
         self._client = client
         self._link: SharedLink | None = None
 
@@ -181,12 +181,14 @@ class _AnySession:
 
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         """See `Link.post`. Raises `Refused` where there is no session to be had."""
+        borrow = await self._acquire(message)
         try:
-            return await self._post(message, body, headers)
+            return await self._post(borrow, message, body, headers)
         except (SessionClosed, OpenFailed):
-            pass
+            pass  # what has ended this one may have ended the others
+        borrow = await self._acquire(message, sure=True)
         try:
-            return await self._post(message, body, headers)
+            return await self._post(borrow, message, body, headers)
         except SessionClosed as error:
             raise OpenFailed(f"every session ends at once: {error}") from error
 
@@ -199,8 +201,7 @@ class _AnySession:
             except PoolError:
                 return  # it ends with its session
 
-    async def _post(self, message: Message, body: bytes, headers: Headers) -> Reply:
-        borrow = await self._acquire(message)
+    async def _post(self, borrow: Borrow, message: Message, body: bytes, headers: Headers) -> Reply:
         session = borrow.session
         try:
             result = session.initialize_result or {}
@@ -218,9 +219,9 @@ class _AnySession:
         await anext(chunks)
         return Reply(reply.status, reply.headers, chunks)
 
-    async def _acquire(self, message: Message) -> Borrow:
+    async def _acquire(self, message: Message, *, sure: bool = False) -> Borrow:
         try:
-            return await self._pool.acquire(self._want)
+            return await self._pool.acquire(self._want, sure=sure)
         except PoolFull as full:
             raise unavailable(str(full), message.id) from full
 
@@ -234,11 +235,6 @@ async def _until_read(chunks: AsyncGenerator[bytes, None], borrow: Borrow) -> As
     finally:
         await chunks.aclose()
         borrow.release()
-
-
-def _forwarded(upstream: Upstream, headers: Headers) -> Headers:
-    """The caller's headers that this upstream is to see."""
-    return [pair for pair in headers if pair[0].decode("latin-1") in upstream.forward_headers]
 
 
 def _with_id(send: Send, session_id: str) -> Send:
