@@ -29,31 +29,40 @@ class Want:
     """What a caller asks the pool for. `headers` go with every call of his (`own_headers` of `pool/link.py`), and each
     call through the flow of `auth`."""
 
-    __slots__ = ("affinity", "auth", "capabilities", "headers", "slot", "upstream")
+    __slots__ = ("_headers", "affinity", "auth", "capabilities", "slot", "upstream")
 
     def __init__(
         self,
         upstream: Upstream,
         *,
         principal: str | None = None,
-        headers: Headers | None = None,
+        headers: Headers | Callable[[], Headers] | None = None,
         auth: httpx2.Auth | None = None,
         affinity: str | None = None,
         capabilities: dict[str, Any] | None = None,
     ) -> None:
+        """Raises ValueError for an empty principal, and where headers that change would be who calls."""
+        if principal == "" or (principal is None and callable(headers)):
+            raise ValueError("expected the name of a principal: without one, the headers are who calls")
         self.upstream = upstream
-        self.headers = headers or []
+        self._headers = headers or []
         self.auth = auth
         self.affinity = affinity
         self.capabilities = capabilities
-        kind = ",".join(sorted(capabilities)) if capabilities else ""
+        kind = f"{upstream.identity};{','.join(sorted(capabilities))}" if capabilities else upstream.identity
         if principal is None:
             # Without a name the credentials themselves are the principal: other credentials, other sessions.
-            principal = _digest(*self.headers) if headers else ANONYMOUS
-            kind = f"{kind};unnamed;{_number_of(auth)}"
+            number = number_of(auth)
+            principal = _digest(*self.headers, number) if headers or number else ANONYMOUS
+            kind = f"{kind};unnamed"
         if affinity is not None:
             kind = f"{kind};{_digest(affinity)}"
         self.slot = Slot(upstream.name, principal, kind)
+
+    @property
+    def headers(self) -> Headers:
+        """Of the call that is made now."""
+        return self._headers() if callable(self._headers) else self._headers
 
 
 class Lends(Protocol):
@@ -223,7 +232,7 @@ async def _watched(chunks: AsyncGenerator[bytes, None], borrow: Borrow) -> Async
         await chunks.aclose()
 
 
-def _number_of(auth: httpx2.Auth | None) -> str:
+def number_of(auth: httpx2.Auth | None) -> str:
     """A name for an authentication object that no other one has, also not after its end."""
     if auth is None:
         return ""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
 from .errors import PoolError, UpstreamLost, UpstreamRefused
 from .jsonrpc import InvalidMessage, Message, RequestId, classify, parse
-from .link import Headers, Link, Reply
+from .link import Headers, Reply
 from .sse import EventSplitter, is_event_stream
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
@@ -26,6 +26,18 @@ JSON_HEADERS: Final[Headers] = [
 
 OnMessage = Callable[[Message], Awaitable[None]]
 """Takes what else comes on the stream of an answer: notifications, and requests of the server."""
+
+
+class Posts(Protocol):
+    """As much of a link as making a call needs."""
+
+    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply: ...
+
+
+class Listens(Protocol):
+    """As much of a link as reading its stream needs."""
+
+    async def get(self, headers: Headers) -> Reply: ...
 
 
 def request(id: RequestId, method: str, params: dict[str, Any] | None = None) -> tuple[Message, bytes]:  # noqa: A002
@@ -45,7 +57,7 @@ def notification(method: str, params: dict[str, Any] | None = None) -> tuple[Mes
 
 
 async def call(
-    link: Link,
+    link: Posts,
     method: str,
     params: dict[str, Any] | None = None,
     *,
@@ -58,7 +70,7 @@ async def call(
 
 
 async def notify(
-    link: Link, method: str, params: dict[str, Any] | None = None, *, headers: Headers = JSON_HEADERS
+    link: Posts, method: str, params: dict[str, Any] | None = None, *, headers: Headers = JSON_HEADERS
 ) -> None:
     """Tell. Raises `PoolError`, `UpstreamRefused` where the upstream did not take it."""
     message, body = notification(method, params)
@@ -98,7 +110,7 @@ async def answer(reply: Reply, id: RequestId, on_message: OnMessage | None = Non
 
 @asynccontextmanager
 async def session_stream(
-    link: Link, headers: Headers
+    link: Listens, headers: Headers
 ) -> AsyncGenerator[tuple[int, AsyncGenerator[Message, None]], None]:
     """Open the stream of messages that belong to no request: its status, and the messages. Raises `PoolError`."""
     reply = await link.get([(b"accept", b"text/event-stream"), *headers])

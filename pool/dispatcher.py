@@ -22,20 +22,20 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.transport_context import TransportContext
 from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, REQUEST_TIMEOUT, ErrorData
 
-from .calls import JSON_HEADERS, answer, notification, request
+from .calls import JSON_HEADERS, answer, notification, request, session_stream
 from .errors import CallTimeout, Outcome, PoolError, SessionClosed, SessionReleased, UpstreamRefused
-from .jsonrpc import InvalidMessage, Message, RequestId, classify
+from .jsonrpc import SERVER_ERROR, Message, RequestId
 from .link import Headers, Reply
-from .sse import EventSplitter
 
 logger = logging.getLogger("leasehold.pool.dispatcher")
 
 COURTESY_S: Final = 5.0
 """How long telling the server of a call that was given up may take. Nobody waits for it."""
+SETTLE_S: Final = 1.0
 LISTEN_RETRY_S: Final = (0.1, 5.0)
-MAX_EVENT: Final = 16 * 1024 * 1024
 VERSION_HEADER: Final = "mcp-protocol-version"
 
+_OUTCOMES: Final[list[dict[str, Outcome]]] = [{"outcome": "not_run"}, {"outcome": "unknown"}]
 _TRANSPORT: Final = TransportContext(kind="leasehold", can_send_request=True)
 
 
@@ -73,13 +73,18 @@ class Wire(Protocol):
 class LinkDispatcher:
     """Sends the calls of one `ClientSession` over a wire, and hands it what the server sends."""
 
-    def __init__(self, wire: Wire, *, on_tools: Callable[[Any], None] = lambda _tools: None) -> None:
-        """`on_tools` sees the tools of each `tools/list` result."""
+    def __init__(
+        self, wire: Wire, *, on_tools: Callable[[Any], None] = lambda _tools: None, tells_outcomes: bool = False
+    ) -> None:
+        """`on_tools` sees the tools of each `tools/list` result. `tells_outcomes`: what is at the other end of the
+        wire is ours, and says of a call without an answer whether it may have run."""
         self._wire = wire
+        self._tells_outcomes = tells_outcomes
         self._on_tools = on_tools
         self._progress: dict[RequestId, ProgressFnT] = {}
         self._serving: dict[RequestId, anyio.CancelScope] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._courtesies: set[asyncio.Task[None]] = set()
         self._listening: asyncio.Task[None] | None = None
         self._listeners = 0
         self._version: Headers = []
@@ -107,7 +112,7 @@ class LinkDispatcher:
             await anyio.sleep_forever()
         finally:
             self._on_request = self._on_notify = self._intercept = None
-            tasks = set(self._tasks)
+            tasks = self._tasks | self._courtesies
             if self._listening is not None:
                 tasks.add(self._listening)
             for task in tasks:
@@ -158,6 +163,11 @@ class LinkDispatcher:
         except PoolError as error:
             logger.debug("notification_dropped method=%s error=%s", method, error)
 
+    async def settle(self) -> None:
+        """Let what the server is being told of calls that were given up reach it: a moment."""
+        if self._courtesies:
+            await asyncio.wait(self._courtesies, timeout=SETTLE_S)
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     async def _ask(self, id: RequestId, method: str, params: dict[str, Any] | None, opts: CallOptions) -> Message:  # noqa: A002
@@ -175,9 +185,8 @@ class LinkDispatcher:
         if error is not None:
             told = cast("dict[str, Any]", error) if isinstance(error, dict) else {}
             code, data = told.get("code"), told.get("data")
-            outcome: Any = cast("dict[str, Any]", data).get("outcome") if isinstance(data, dict) else None
-            if outcome in ("not_run", "unknown"):
-                raise CallFailed(None, message=str(told.get("message", "")), outcome=outcome)
+            if self._tells_outcomes and code == SERVER_ERROR and data in _OUTCOMES:
+                raise CallFailed(None, message=str(told.get("message", "")), outcome=data["outcome"])
             raise MCPError(
                 code if isinstance(code, int) else INTERNAL_ERROR, str(told.get("message", "")), told.get("data")
             )
@@ -192,7 +201,9 @@ class LinkDispatcher:
     def _give_up(self, id: RequestId, opts: CallOptions, reason: str) -> None:  # noqa: A002
         """Tell the server that nobody waits for the answer any more. Nobody waits for this either."""
         if opts.get("cancel_on_abandon", True) and not self._wire.is_closed:
-            self._spawn(self._courtesy(id, opts, reason))
+            task = asyncio.get_running_loop().create_task(self._courtesy(id, opts, reason), name="leasehold-courtesy")
+            self._courtesies.add(task)
+            task.add_done_callback(self._courtesies.discard)
 
     async def _courtesy(self, id: RequestId, opts: CallOptions, reason: str) -> None:  # noqa: A002
         with suppress(TimeoutError):
@@ -290,34 +301,21 @@ class LinkDispatcher:
 
     async def _listen(self) -> None:
         delay, longest = LISTEN_RETRY_S
-        headers: Headers = [(b"accept", b"text/event-stream")]
         while not self._wire.is_closed:
             try:
-                reply = await self._wire.get([*headers, *self._version])
-                if reply.status == 405:  # it has no such stream
-                    await reply.chunks.aclose()
-                    return
-                if reply.status == 200:
-                    delay = LISTEN_RETRY_S[0]
-                    await self._read(reply)
-                else:
-                    await reply.chunks.aclose()
+                async with session_stream(self._wire, self._version) as (status, messages):
+                    if status == 405:  # it has no such stream
+                        return
+                    if status == 200:
+                        delay = LISTEN_RETRY_S[0]
+                        async for message in messages:
+                            await self._incoming(message)
             except SessionClosed:
                 return
             except PoolError as error:
                 logger.debug("stream_ended error=%s", error)
             await asyncio.sleep(delay)
             delay = min(longest, delay * 2)
-
-    async def _read(self, reply: Reply) -> None:
-        splitter = EventSplitter(MAX_EVENT)
-        try:
-            async for chunk in reply.chunks:
-                for data in splitter.feed(chunk):
-                    with suppress(InvalidMessage, ValueError, AttributeError):
-                        await self._incoming(classify(orjson.loads(data)))
-        finally:
-            await reply.chunks.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """In the context of the call that it belongs to."""

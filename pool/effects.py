@@ -13,7 +13,8 @@ W = TypeVar("W", bound=Hashable)
 
 
 class Slot(NamedTuple):
-    """What sessions must have in common to stand in for one another. `kind`: credentials and capabilities."""
+    """What sessions must have in common to stand in for one another. `kind`: which upstream of that name it is,
+    credentials and capabilities."""
 
     upstream: str
     principal: str
@@ -61,5 +62,4 @@ class Close(Generic[S]):
 Scope = Slot | tuple[str, str] | str | None
 """A slot; an upstream and principal; an upstream; all."""
 
-Effect = Open | Grant[S, W] | Fail[W] | Close[S]
 Effects = list[Open | Grant[S, W] | Fail[W] | Close[S]]

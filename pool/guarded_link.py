@@ -12,10 +12,13 @@ from .link import Headers, Link, Reply, ResumeRecord
 class GuardedLink:
     """A `Link` whose requests are not made while the circuit is open: they raise `CircuitOpen`, and did not run."""
 
-    __slots__ = ("_breakers", "_upstream", "inner")
+    __slots__ = ("_breakers", "_event", "_upstream", "inner")
 
-    def __init__(self, inner: Link, breakers: Breakers, upstream: str) -> None:
+    def __init__(self, inner: Link, breakers: Breakers, upstream: str, *, event: int | None = None) -> None:
+        """`event`: a number of its own, for a process or stream that ends under all of its calls at once: that counts
+        as one failure."""
         self.inner = inner
+        self._event = event
         self._breakers = breakers
         self._upstream = upstream
 
@@ -38,8 +41,7 @@ class GuardedLink:
         try:
             reply = await self.inner.post(message, body, headers)
         except TRANSPORT_FAILURES:
-            # A process or stream that dies under a hundred calls has failed once.
-            permit.failed(event=None if self.resume is not None else id(self.inner))
+            permit.failed(event=self._event)
             raise
         except CallTimeout:
             # Silence may be work; but nothing works on this.

@@ -6,6 +6,8 @@ import asyncio
 
 from mcp import ClientSession
 
+from .errors import SessionClosed
+
 
 class HostedClient:
     """Enters a client, keeps it entered until `aclose`, and leaves it: all in one task."""
@@ -37,7 +39,11 @@ class HostedClient:
             async with self._client:
                 self._ready.set_result(None)
                 await self._ending
-        except Exception as error:
+        except BaseException as error:
             if self._ready.done():
                 raise
-            self._ready.set_exception(error)
+            failure = error if isinstance(error, Exception) else SessionClosed("it ended as it was opened")
+            self._ready.set_exception(failure)
+            self._ready.exception()  # retrieved: who waits may have been cancelled
+            if not isinstance(error, Exception):
+                raise

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 from .effects import Close, Effects, Fail, Grant, Limits, Open, S, Scope, Slot, W
 from .errors import PoolFull
+from .shelf import Shelf, scopes
 
 K = TypeVar("K")
 
@@ -28,6 +29,8 @@ class Place(Enum):
     LENT = "lent"
     KEPT = "kept"
     """Held under a key of its own, and never lent to anybody who does not name it."""
+    SPARE = "spare"
+    """As KEPT, shared by a name, and nobody has it now: closed where nothing idle makes room."""
     CLOSING = "closing"
 
 
@@ -45,14 +48,19 @@ class Ledger(Generic[S, W]):
     def __init__(self, *, max_sessions: int, max_waiting: int) -> None:
         self.max_sessions = max_sessions
         self.max_waiting = max_waiting
-        self.limits: dict[str, Limits] = {}
+        self.limits: dict[Slot, Limits] = {}
+        """Of each slot that is used. What they count is what has the same name."""
         self.is_closed = False
+        self.has_begun = True
         self._entries: dict[S, _Entry] = {}
         self._waiters: dict[W, Slot] = {}
         self._queues: dict[Slot, dict[W, None]] = {}
         self._passed: Counter[W] = Counter()
-        # Sessions that are idle, the last used one last: of each slot, principal and upstream (see `_scopes`), and all.
-        self._idle: dict[Scope, dict[S, None]] = {}
+        self._waiting_for: Counter[str] = Counter()  # by upstream
+        self._idle: Shelf[S] = Shelf()
+        self._spare: Shelf[S] = Shelf()
+        self._lent = 0
+        self._joined = 0
         self._opening: Counter[Slot] = Counter()
         self._making_room: Counter[Slot] = Counter()
         self._total = 0
@@ -71,11 +79,12 @@ class Ledger(Generic[S, W]):
 
     @property
     def idle(self) -> int:
-        return len(self._idle.get(None, ()))
+        return len(self._idle)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiters)
+        """Callers."""
+        return len(self._waiters) + self._joined
 
     @property
     def opening(self) -> int:
@@ -83,8 +92,7 @@ class Ledger(Generic[S, W]):
 
     @property
     def lent(self) -> int:
-        """O(n)."""
-        return self.places()[Place.LENT]
+        return self._lent
 
     def places(self) -> Counter[Place]:
         """How many sessions are where; O(n)."""
@@ -92,7 +100,11 @@ class Ledger(Generic[S, W]):
 
     def idle_sessions(self) -> list[S]:
         """The longest idle one first."""
-        return list(self._idle.get(None, ()))
+        return self._idle.all()
+
+    def place_of(self, session: S) -> Place | None:
+        entry = self._entries.get(session)
+        return None if entry is None else entry.place
 
     def slot_of(self, session: S) -> Slot | None:
         entry = self._entries.get(session)
@@ -110,23 +122,18 @@ class Ledger(Generic[S, W]):
     def acquire(self, slot: Slot) -> S | None:
         """Take the session of this slot that was used last, unless somebody waits for it. Raises `PoolFull` once
         closed."""
-        if self.is_closed:
-            raise PoolFull("the pool is not open")
-        idle = self._idle.get(slot)
-        if not idle or slot in self._queues:
-            return None
-        session = next(reversed(idle))
-        self._no_longer_idle(session, slot)
-        self._entries[session].place = Place.LENT
+        self.check_open()
+        session = None if slot in self._queues else self._idle.last(slot)
+        if session is not None:
+            self._move(session, self._entries[session], Place.LENT)
         return session
 
     def wait(self, waiter: W, slot: Slot) -> Effects[S, W]:
         """Wait for a session of this slot, behind all who wait for one already. Raises `PoolFull`: nothing changed."""
-        if self.is_closed:
-            raise PoolFull("the pool is not open")
-        if len(self._waiters) >= self.max_waiting:
-            raise PoolFull(f"limit reached: {self.max_waiting} callers wait for a session")
+        self.check_open()
+        self._check_waiting()
         self._waiters[waiter] = slot
+        self._waiting_for[slot.upstream] += 1
         queue = self._queues.setdefault(slot, {})
         queue[waiter] = None
         uncovered = len(queue) - self._opening[slot]
@@ -138,11 +145,21 @@ class Ledger(Generic[S, W]):
         if slot is None:
             return False
         self._passed.pop(waiter, None)
+        _take_one(self._waiting_for, slot.upstream)
         queue = self._queues[slot]
         del queue[waiter]
         if not queue:
             del self._queues[slot]
         return True
+
+    def join(self) -> None:
+        """Wait with somebody else for one session, until `part`. Raises `PoolFull`."""
+        self._check_waiting()
+        self._joined += 1
+
+    def part(self) -> None:
+        """Undo one `join`."""
+        self._joined -= 1
 
     def release(self, session: S, *, keep: bool, reason: str = "discarded") -> Effects[S, W]:
         """Give a lent session back; without `keep` it is closed. Of no effect for one that is not lent: it was
@@ -166,6 +183,7 @@ class Ledger(Generic[S, W]):
         """An opening succeeded: the session goes to who has waited longest, or is idle."""
         _take_one(self._opening, slot)
         entry = self._entries[session] = _Entry(slot, Place.LENT)
+        self._lent += 1
         if self.is_closed:
             return [self._close(session, entry, "drained")]
         return self._offer(session, entry)
@@ -211,19 +229,35 @@ class Ledger(Generic[S, W]):
         """A lent session is from now on held under a key of its own."""
         entry = self._entries.get(session)
         if entry is not None and entry.place is Place.LENT:
-            entry.place = Place.KEPT
+            self._move(session, entry, Place.KEPT)
 
-    def make_room(self, slot: Slot) -> Effects[S, W]:
-        """Close the longest idle session that is in the way of one of this slot, if there is one."""
+    def hold(self, session: S) -> None:
+        """Somebody has this shared session."""
+        entry = self._entries.get(session)
+        if entry is not None and entry.place is Place.SPARE:
+            self._move(session, entry, Place.KEPT)
+
+    def spare(self, session: S) -> Effects[S, W]:
+        """Nobody has this shared session any more. It makes room for who waits, if nothing else does."""
+        entry = self._entries.get(session)
+        if entry is None or entry.place is not Place.KEPT:
+            return []
+        self._move(session, entry, Place.SPARE)
+        return self._serve_by_closing(session, entry)
+
+    def make_room(self, slot: Slot) -> list[Close[S]]:
+        """Close the longest idle session that is in the way of one of this slot, if that is the only one."""
         victim = self._victim(slot)
-        return [] if victim is None else [self._close(victim, self._entries[victim], "evicted")]
+        if victim is None or self.blocked_by(slot, less=1) is not None:
+            return []
+        return [self._close(victim, self._entries[victim], "evicted")]
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self, session: S, reason: str) -> Effects[S, W]:
-        """Close a session that is idle or kept; one that is lent goes when it is released."""
+        """Close a session that is idle, kept or spare; one that is lent goes when it is released."""
         entry = self._entries.get(session)
-        if entry is None or entry.place not in (Place.IDLE, Place.KEPT):
+        if entry is None or entry.place not in (Place.IDLE, Place.KEPT, Place.SPARE):
             return []
         return [self._close(session, entry, reason)]
 
@@ -232,8 +266,7 @@ class Ledger(Generic[S, W]):
         entry = self._entries.pop(session, None)
         if entry is None:
             return []
-        if entry.place is Place.IDLE:
-            self._no_longer_idle(session, entry.slot)
+        self._move(session, entry, Place.CLOSING)
         if entry.room_for is not None:
             _take_one(self._making_room, entry.room_for)
         self._uncount(entry.slot)
@@ -243,20 +276,28 @@ class Ledger(Generic[S, W]):
         """Lend no more: who waits is told, what is idle closes, what is lent closes when it is released."""
         self.is_closed = True
         effects: Effects[S, W] = [Fail(waiter) for waiter in self._waiters]
-        for waiting in (self._waiters, self._queues, self._passed):
+        for waiting in (self._waiters, self._queues, self._passed, self._waiting_for):
             waiting.clear()
         effects.extend(self._close(session, self._entries[session], "drained") for session in self.idle_sessions())
         return effects
 
-    def blocked_by(self, slot: Slot) -> str | None:
-        """The limit that forbids one more session of this slot, in words; None if there is room."""
-        limits = self.limits[slot.upstream]
-        if self._total >= self.max_sessions:
+    def check_open(self) -> None:
+        """Raises `PoolFull` once closed, and RuntimeError before the pool was entered."""
+        if self.is_closed:
+            if not self.has_begun:
+                raise RuntimeError("expected to be used inside `async with`")
+            raise PoolFull("the pool is closing")
+
+    def blocked_by(self, slot: Slot, *, less: int = 0) -> str | None:
+        """The limit that forbids one more session of this slot, in words; None if there is room, or will be with so
+        many `less`."""
+        limits = self.limits[slot]
+        if self._total - less >= self.max_sessions:
             return f"{self.max_sessions} sessions on this worker"
-        if self._per_upstream[slot.upstream] >= limits.sessions:
+        if self._per_upstream[slot.upstream] - less >= limits.sessions:
             return f"{limits.sessions} sessions of {slot.upstream}"
         per_principal = limits.per_principal
-        if per_principal is not None and self._per_principal[slot.upstream, slot.principal] >= per_principal:
+        if per_principal is not None and self._per_principal[slot.upstream, slot.principal] - less >= per_principal:
             return f"{per_principal} sessions of {slot.upstream} per principal"
         return None
 
@@ -266,12 +307,28 @@ class Ledger(Generic[S, W]):
         """A session is free: for who has waited longest for its like, else for nobody yet."""
         waiter = self._next_waiter(entry.slot)
         if waiter is not None:
-            entry.place = Place.LENT
+            self._move(session, entry, Place.LENT)
             return [Grant(waiter, session)]
-        entry.place = Place.IDLE
-        for scope in _scopes(entry.slot):
-            self._idle.setdefault(scope, {})[session] = None
-        return self._serve_waiting()
+        self._move(session, entry, Place.IDLE)
+        return self._serve_by_closing(session, entry)
+
+    def _serve_by_closing(self, session: S, entry: _Entry) -> Effects[S, W]:
+        """Nobody has this session any more: it is closed for who has waited longest of those in whose way it is. Whom
+        another one could have helped has been served before."""
+        everybody = self._total >= self.max_sessions
+        if not self._waiters or not (everybody or entry.slot.upstream in self._waiting_for):
+            return []
+        near = scopes(entry.slot)
+        uncovered: Counter[Slot] = Counter()
+        for slot in self._waiters.values():
+            if not everybody and slot.upstream != entry.slot.upstream:
+                continue
+            uncovered[slot] += 1
+            if uncovered[slot] <= self._opening[slot] + self._making_room[slot]:
+                continue
+            if self._scope_in_the_way(slot) in near and self.blocked_by(slot) is not None:
+                return [self._close_for(slot, session, entry)]
+        return []
 
     def _next_waiter(self, slot: Slot) -> W | None:
         queue = self._queues.get(slot)
@@ -316,18 +373,21 @@ class Ledger(Generic[S, W]):
         for waiter, slot in self._waiters.items():
             if slot == free:
                 return None
-            if not self._opening[slot] + self._making_room[slot] and self._scope_in_the_way(slot) in _scopes(free):
+            if not self._opening[slot] + self._making_room[slot] and self._scope_in_the_way(slot) in scopes(free):
                 self._passed[waiter] += 1
                 return slot if self._passed[waiter] > self._total else None
         return None
 
     def _victim(self, slot: Slot) -> S | None:
-        """The longest idle session whose end makes room for one of this slot, or brings it nearer."""
-        return next(iter(self._idle.get(self._scope_in_the_way(slot), ())), None)
+        """The longest idle session whose end makes room for one of this slot, or brings it nearer; else the longest
+        spare one."""
+        scope = self._scope_in_the_way(slot)
+        idle = self._idle.first(scope)
+        return self._spare.first(scope) if idle is None else idle
 
     def _scope_in_the_way(self, slot: Slot) -> Scope:
         """Where sessions have to end before there is room for one of this slot."""
-        limits, principal = self.limits[slot.upstream], (slot.upstream, slot.principal)
+        limits, principal = self.limits[slot], (slot.upstream, slot.principal)
         if limits.per_principal is not None and self._per_principal[principal] >= limits.per_principal:
             return principal
         return slot.upstream if self._per_upstream[slot.upstream] >= limits.sessions else None
@@ -338,9 +398,7 @@ class Ledger(Generic[S, W]):
         return Open(slot)
 
     def _close(self, session: S, entry: _Entry, reason: str) -> Close[S]:
-        if entry.place is Place.IDLE:
-            self._no_longer_idle(session, entry.slot)
-        entry.place = Place.CLOSING
+        self._move(session, entry, Place.CLOSING)
         return Close(session, reason)
 
     def _close_for(self, slot: Slot, session: S, entry: _Entry) -> Close[S]:
@@ -348,12 +406,24 @@ class Ledger(Generic[S, W]):
         self._making_room[slot] += 1
         return self._close(session, entry, "evicted")
 
-    def _no_longer_idle(self, session: S, slot: Slot) -> None:
-        for scope in _scopes(slot):
-            idle = self._idle[scope]
-            del idle[session]
-            if not idle:
-                del self._idle[scope]
+    def _move(self, session: S, entry: _Entry, place: Place) -> None:
+        was, entry.place = entry.place, place
+        if was is Place.LENT:
+            self._lent -= 1
+        elif was is Place.IDLE:
+            self._idle.take(session, entry.slot)
+        elif was is Place.SPARE:
+            self._spare.take(session, entry.slot)
+        if place is Place.LENT:
+            self._lent += 1
+        elif place is Place.IDLE:
+            self._idle.put(session, entry.slot)
+        elif place is Place.SPARE:
+            self._spare.put(session, entry.slot)
+
+    def _check_waiting(self) -> None:
+        if self.waiting >= self.max_waiting:
+            raise PoolFull(f"limit reached: {self.max_waiting} callers wait for a session")
 
     def _count(self, slot: Slot) -> None:
         self._total += 1
@@ -366,10 +436,6 @@ class Ledger(Generic[S, W]):
         _take_one(self._per_upstream, slot.upstream)
         _take_one(self._per_principal, (slot.upstream, slot.principal))
         _take_one(self._per_slot, slot)
-
-
-def _scopes(slot: Slot) -> tuple[Scope, ...]:
-    return slot, (slot.upstream, slot.principal), slot.upstream, None
 
 
 def _take_one(counter: Counter[K], key: K) -> None:

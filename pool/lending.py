@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 from .borrowing import Borrow, Want
@@ -22,6 +22,7 @@ from .upstream import Upstream
 logger = logging.getLogger("leasehold.pool")
 
 Waiter: TypeAlias = "asyncio.Future[PooledSession]"
+_limits = lru_cache(maxsize=256)(Limits)
 
 
 class Lending:
@@ -42,7 +43,6 @@ class Lending:
         self._make = make
         self._authorize = authorize
         self._counts = counts
-        self._upstreams: dict[str, Upstream] = {}
         # How more of a slot are opened; the least of a slot; the one session of a slot that is shared, and its check.
         self._wants: dict[Slot, Want] = {}
         self._minimum: dict[Slot, int] = {}
@@ -106,7 +106,7 @@ class Lending:
         self.top_up(want.slot)
         if not self._minimum[want.slot]:
             del self._minimum[want.slot]
-            self._forget(want.slot)
+            self.forget(want.slot)
 
     async def drain(self, timeout_s: float) -> bool:
         """See `SessionPool.drain`."""
@@ -227,20 +227,18 @@ class Lending:
             raise
         finally:
             self._counts.waited(loop.time() - began)
-            self._forget(want.slot)
+            self.forget(want.slot)
 
     def _know(self, want: Want) -> None:
-        """Note an upstream and its limits, and how sessions like this are opened: as the last caller would."""
-        known = self._upstreams.setdefault(want.upstream.name, want.upstream)
-        if known is not want.upstream and known != want.upstream:
-            raise ValueError(f"expected one upstream of the name {known.name!r}, got two that differ")
-        self.limit(want.upstream)
+        """Note the limits of a slot, and how its sessions are opened: as the last caller would."""
+        self.limit(want.slot, want.upstream)
         self._wants[want.slot] = want
 
-    def _forget(self, slot: Slot) -> None:
-        """How sessions of a slot are opened is of no use once it has none and nobody waits for one."""
+    def forget(self, slot: Slot) -> None:
+        """What is known of a slot is of no use once it has no session and nobody waits for one."""
         if not self.ledger.is_used(slot) and slot not in self._minimum:
             self._wants.pop(slot, None)
+            self.ledger.limits.pop(slot, None)
 
     async def _fault(self, session: PooledSession, want: Want, *, sure: bool) -> str:
         """Why a session cannot be lent; "" if it can."""
@@ -303,7 +301,7 @@ class Lending:
         """Open one session for whoever waits longest, if still somebody does."""
         if not self.ledger.is_wanted(slot, self._minimum.get(slot, 0)):
             self.perform(self.ledger.open_forgone(slot))
-            self._forget(slot)
+            self.forget(slot)
             return
         session: PooledSession | None = None
         try:
@@ -319,7 +317,7 @@ class Lending:
             failure = error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
             left = session if session is not None and session.state is not State.CLOSED else None
             self.perform(self.ledger.open_failed(slot, left), failure)
-            self._forget(slot)
+            self.forget(slot)
             return
         effects = self.ledger.opened(session, slot)
         session.is_new = any(isinstance(effect, Grant) for effect in effects)
@@ -329,13 +327,13 @@ class Lending:
         self._creators.discard(creator)
         if creator.cancelled():  # before it began
             self.perform(self.ledger.open_forgone(slot))
-            self._forget(slot)
+            self.forget(slot)
 
     # -- keeping house ---------------------------------------------------------------------------------------------
 
-    def limit(self, upstream: Upstream) -> None:
-        """Note the limits of an upstream."""
-        self.ledger.limits[upstream.name] = Limits(upstream.max_sessions, upstream.max_sessions_per_principal)
+    def limit(self, slot: Slot, upstream: Upstream) -> None:
+        """Note the limits of a slot."""
+        self.ledger.limits[slot] = _limits(upstream.max_sessions, upstream.max_sessions_per_principal)
 
     def ended(self, session: PooledSession) -> None:
         """Nothing is left of a session."""
@@ -347,7 +345,7 @@ class Lending:
         if self._shared_session(slot) is session:
             del self._shared[slot]
         self.top_up(slot)
-        self._forget(slot)
+        self.forget(slot)
 
     def top_up(self, slot: Slot) -> None:
         """Open what is missing of a slot."""

@@ -64,6 +64,17 @@ def own_headers(headers: Mapping[str, str]) -> Headers:
         raise ValueError("a header holds characters that cannot be sent") from None
 
 
+OwnHeaders = Mapping[str, str] | Callable[[], Mapping[str, str]] | None
+"""Headers of a caller: fixed, or a function that is asked for them with each call (a token that is renewed)."""
+
+
+def headers_source(headers: OwnHeaders) -> Headers | Callable[[], Headers]:
+    """`own_headers` of what a caller gave; of a function, a function. Raises ValueError."""
+    if callable(headers):
+        return lambda: own_headers(headers())
+    return own_headers(headers or {})
+
+
 Fence = Callable[[], None]
 """Called in the same turn of the loop in which an upstream write starts; raises `Fenced` when none may start."""
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from .borrowing import number_of
+from .breaker import TRANSPORT_FAILURES
 from .breakers import Breakers
 from .errors import OpenFailed, UpstreamRefused
 from .guarded_link import GuardedLink
@@ -22,7 +26,11 @@ if TYPE_CHECKING:
     from .auth_client import AuthClients
 
 
+T = TypeVar("T")
+
 DENIED: Final = (401, 403)
+MAX_UPSTREAMS: Final = 1000
+"""Of which tokens and a link without a session are kept."""
 HANDSHAKE_TIMEOUT_S: Final = 28.0
 """Less than what opening may take in all, so that it is known what took so long."""
 
@@ -34,19 +42,30 @@ class LinkOpener:
         self._breakers = breakers
         self._clients = HttpClients()
         self._auth_clients: AuthClients | None = None
-        self._auths: dict[str, httpx2.Auth] = {}
-        self._stateless: dict[str, Link] = {}
+        # By identity: an upstream of the same name may be another server, or have other credentials.
+        self._auths: OrderedDict[str, httpx2.Auth] = OrderedDict()
+        self._stateless: OrderedDict[str, Link] = OrderedDict()
+        self._events = count(1)
 
     async def open(self, upstream: Upstream, fence: Fence, resume: ResumeRecord | None) -> GuardedLink:
         """A link of its own for a new session, or for one that goes on. Raises `OpenFailed` and `CircuitOpen`."""
-        return GuardedLink(await self._open(upstream, fence, resume), self._breakers, upstream.name)
+        link = await self._open(upstream, fence, resume)
+        # A process or stream that dies under a hundred calls has failed once; HTTP calls fail each for itself.
+        event = None if isinstance(upstream.target, HttpTarget) else next(self._events)
+        return GuardedLink(link, self._breakers, upstream.name, event=event)
 
     async def initialize(
-        self, link: Link, upstream: Upstream, principal: str, params: dict[str, Any], headers: Headers
+        self,
+        link: Link,
+        upstream: Upstream,
+        principal: str,
+        params: dict[str, Any],
+        headers: Headers,
+        auth: httpx2.Auth | None = None,
     ) -> dict[str, Any]:
         """Initialize a session that the pool opens for itself. Credentials that are refused again and again count for
         who presents them, not for the upstream. Raises `OpenFailed` and `CircuitOpen`."""
-        permit = await self._breakers.admit_opening(upstream.name, principal, _fingerprint(headers))
+        permit = await self._breakers.admit_opening(upstream.name, principal, _fingerprint(upstream, headers, auth))
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 result = await initialize(link, params, headers)
@@ -71,8 +90,9 @@ class LinkOpener:
     async def _open(self, upstream: Upstream, fence: Fence, resume: ResumeRecord | None) -> Link:
         target = upstream.target
         if isinstance(target, StdioTarget):
-            with await self._breakers.admit(upstream.name):
-                return await StdioLink.open(
+            permit = await self._breakers.admit(upstream.name)
+            try:
+                link = await StdioLink.open(
                     target.command,
                     target.args,
                     target.env,
@@ -81,7 +101,15 @@ class LinkOpener:
                     fence=fence,
                     call_timeout=upstream.call_timeout_s,
                 )
-        if upstream.oauth is not None and upstream.name not in self._auths:
+            except TRANSPORT_FAILURES:
+                permit.failed()
+                raise
+            except BaseException:
+                permit.abandoned()
+                raise
+            permit.abandoned()  # a process that starts has not answered yet
+            return link
+        if upstream.oauth is not None and upstream.identity not in self._auths:
             await asyncio.to_thread(self._auth_of, upstream)  # what it imports takes long
         if isinstance(target, HttpTarget):
             return self._authorized(upstream, target.url, self._http_link(upstream, target, fence, resume))
@@ -100,12 +128,13 @@ class LinkOpener:
         target = upstream.target
         if not isinstance(target, HttpTarget):
             return None
-        link = self._stateless.get(upstream.name)
+        link = self._stateless.get(upstream.identity)
         if link is None:
             made = self._authorized(
                 upstream, target.url, self._http_link(upstream, target, unfenced, None, stateless=True)
             )
-            link = self._stateless[upstream.name] = GuardedLink(made, self._breakers, upstream.name)
+            link = GuardedLink(made, self._breakers, upstream.name)
+            _remember(self._stateless, upstream.identity, link)
         return link
 
     def authorized(self, link: Link, url: str, auth: httpx2.Auth) -> Link:
@@ -146,16 +175,24 @@ class LinkOpener:
         return link if upstream.oauth is None else self.authorized(link, url, self._auth_of(upstream))
 
     def _auth_of(self, upstream: Upstream) -> httpx2.Auth:
-        auth = self._auths.get(upstream.name)
+        auth = self._auths.get(upstream.identity)
         if auth is None:
             from .auth import authorization
 
             made = authorization(upstream)
             assert made is not None
-            auth = self._auths.setdefault(upstream.name, made)
+            auth = _remember(self._auths, upstream.identity, made)
         return auth
 
 
-def _fingerprint(headers: Headers) -> str:
+def _fingerprint(upstream: Upstream, headers: Headers, auth: httpx2.Auth | None) -> str:
     """Tells credentials apart without showing them."""
-    return sha256(repr(headers).encode()).hexdigest()[:16]
+    return sha256(repr((upstream.identity, headers, number_of(auth))).encode()).hexdigest()[:16]
+
+
+def _remember(known: OrderedDict[str, T], identity: str, made: T) -> T:
+    """What is known of an upstream, from now on: the oldest one makes room for one too many. Who uses that keeps it."""
+    found = known.setdefault(identity, made)
+    if len(known) > MAX_UPSTREAMS:
+        known.popitem(last=False)
+    return found

@@ -11,9 +11,10 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, Self
+from weakref import WeakValueDictionary
 
 from .borrowing import Borrow, BorrowedLink, RawContext, Want
 from .breakers import Breakers
@@ -22,7 +23,7 @@ from .guarded_link import GuardedLink
 from .handshake import initialize_params
 from .ledger import Slot
 from .lending import Lending
-from .link import Fence, Headers, Link, ResumeRecord, own_headers, unfenced
+from .link import Fence, Headers, Link, OwnHeaders, ResumeRecord, headers_source, unfenced
 from .openers import LinkOpener
 from .sdk import require_sdk
 from .session import CLOSE_GRACE_S, CLOSE_TIMEOUT_S, Handshake, PooledSession, State
@@ -74,7 +75,7 @@ class SessionPool:
         self._sessions: set[PooledSession] = set()
         self._keyed: dict[str, PooledSession] = {}
         self._owners: set[asyncio.Task[None]] = set()
-        self._telling: dict[str, asyncio.Semaphore] = {}
+        self._telling: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._numbers = itertools.count(1)
         self._ledger.is_closed = True  # until it runs
         self._closing = asyncio.Event()
@@ -174,7 +175,8 @@ class SessionPool:
 
         Returns when the link is open, and the session initialized if there is a `handshake`; else `initialize` has
         still to be sent through it, unless it was resumed. Raises `PoolFull` and `OpenFailed`. A resumed session is
-        not refused for a limit: its user has it already.
+        not refused for a limit: its user has it already. At a limit an idle session that is in the way is closed, and
+        the new one opened once that has ended.
         """
         session = self.begin(key, upstream, principal, fence=fence, resume=resume, handshake=handshake)
         try:
@@ -197,16 +199,23 @@ class SessionPool:
         """`open`, without waiting for it. Raises `PoolFull`."""
         if self._ledger.is_closed:
             raise PoolFull("the pool is not open")
-        slot = Slot(upstream.name, principal)
-        self._lending.limit(upstream)
+        slot = Slot(upstream.name, principal, upstream.identity)
+        self._lending.limit(slot, upstream)
         full = None if resume is not None else self._ledger.blocked_by(slot)
+        makes_room = None
         if full is not None:
-            self._lending.perform(self._ledger.make_room(slot))
-            raise self._counts.refusal(f"limit reached: {full}")
+            effects = self._ledger.make_room(slot)
+            if not effects:
+                self._lending.forget(slot)
+                raise self._counts.refusal(f"limit reached: {full}")
+            makes_room = effects[0].session
+            self._lending.perform([*effects])
         replaced = self._keyed.get(key)
         if replaced is not None:
             replaced.abandon("replaced")
-        session = self._make(key, upstream, principal, fence=fence, resume=resume, handshake=handshake)
+        session = self._make(
+            key, upstream, principal, fence=fence, resume=resume, handshake=handshake, after=makes_room
+        )
         self._ledger.keep(session, slot, force=True)
         self._keyed[key] = session
         return session
@@ -225,7 +234,7 @@ class SessionPool:
             # Its own permit stands for the whole handshake; a link behind the breaker would ask for one once more.
             bare = link.inner if isinstance(link, GuardedLink) else link
             through = self._through(bare, upstream, auth)
-            return await self._opener.initialize(through, upstream, principal, params, headers)
+            return await self._opener.initialize(through, upstream, principal, params, headers, auth)
 
         return shake
 
@@ -254,7 +263,7 @@ class SessionPool:
         upstream: Upstream,
         *,
         principal: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: OwnHeaders = None,
         auth: httpx2.Auth | None = None,
         affinity: str | None = None,
         timeout_s: float | None = None,
@@ -274,7 +283,7 @@ class SessionPool:
         want = Want(
             upstream,
             principal=principal,
-            headers=own_headers(headers or {}),
+            headers=headers_source(headers),
             auth=auth,
             affinity=affinity,
             capabilities=capabilities(callbacks),
@@ -286,7 +295,7 @@ class SessionPool:
         upstream: Upstream,
         *,
         principal: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: OwnHeaders = None,
         auth: httpx2.Auth | None = None,
         affinity: str | None = None,
         timeout_s: float | None = None,
@@ -294,7 +303,7 @@ class SessionPool:
         """Borrow a session as its raw face: bytes of JSON-RPC in, bytes out. Any exception closes the session."""
         return RawContext(
             self._lending,
-            Want(upstream, principal=principal, headers=own_headers(headers or {}), auth=auth, affinity=affinity),
+            Want(upstream, principal=principal, headers=headers_source(headers), auth=auth, affinity=affinity),
             timeout_s,
         )
 
@@ -322,17 +331,25 @@ class SessionPool:
         fence: Fence = unfenced,
         resume: ResumeRecord | None = None,
         handshake: Handshake | None = None,
+        after: PooledSession | None = None,
     ) -> PooledSession:
-        """A session and its owner task, which begins to open it."""
+        """A session and its owner task, which begins to open it; `after` another one, in whose room it goes, has
+        ended."""
         session = PooledSession(key, upstream, principal, handshake=handshake, resume=resume)
         if upstream.max_age_s is not None:
             session.expires_at = session.opened_at + upstream.max_age_s * (1 - MAX_AGE_JITTER * random.random())  # noqa: S311
         session.telling = self._telling.setdefault(upstream.name, asyncio.Semaphore(TELL_AT_ONCE))
+
+        async def open_link() -> Link:
+            if after is not None:
+                await after.wait_ended()
+            return await self._open_link(upstream, fence, resume)
+
         session.on_opened = self._counts.resumption if resume is not None else self._counts.opening
         session.on_checked = self._counts.check
         self._sessions.add(session)
         owner = asyncio.get_running_loop().create_task(
-            session.own(lambda: self._open_link(upstream, fence, resume), self._forget), name=f"owner-{key[:8]}"
+            session.own(open_link, self._forget), name=f"owner-{key[:8]}"
         )
         self._owners.add(owner)
         owner.add_done_callback(self._owners.discard)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import orjson
 
-from .calls import MAX_ANSWER
+from .calls import MAX_ANSWER, Posts
 from .errors import PoolError, UpstreamLost
 from .jsonrpc import SERVER_ERROR, Message, RequestId, error_body
 from .link import Headers, Reply
@@ -23,12 +23,6 @@ VERSION: Final = b"mcp-protocol-version"
 
 Translate = Callable[[dict[str, Any]], dict[str, Any]]
 """Changes the `result` of a response on its way to the client."""
-
-
-class Posts(Protocol):
-    """As much of a link as is shared here."""
-
-    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply: ...
 
 
 class SharedIds:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 Affinity = Literal["session", "principal", "none"]
@@ -72,7 +74,11 @@ Target = HttpTarget | SseTarget | StdioTarget
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One server of the configuration, with the limits of its sessions. Limits count per worker."""
+    """One server of the configuration, with the limits of its sessions. Limits count per worker.
+
+    One of the same name with other settings is another upstream, whose sessions are not those of this one. What goes by
+    name is what concerns the server: its circuit, and how many sessions of it there are.
+    """
 
     name: str
     target: Target
@@ -99,6 +105,12 @@ class Upstream:
     """Sessions that are kept ready, where sessions are shared."""
     oauth: OAuth | None = None
     """None: calls are authorized by headers, or not at all."""
+    identity: str = field(init=False, repr=False, compare=False)
+    """The same for upstreams that are equal, in this process, and for no others; shows nothing of them."""
+
+    def __post_init__(self) -> None:
+        digest = blake2b(repr(_plain(self)).encode(errors="surrogatepass"), key=_KEY, digest_size=16)
+        object.__setattr__(self, "identity", digest.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +122,17 @@ class Config:
     disabled: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Keys that are tolerated without effect, one line each."""
+
+
+_KEY = os.urandom(32)
+
+
+def _plain(value: Any) -> Any:
+    """A value whose `repr` is the same for what is equal."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__, *(_plain(getattr(value, one.name)) for one in fields(value) if one.compare)
+    if isinstance(value, Mapping):
+        return sorted(cast("Mapping[str, str]", value).items())
+    if isinstance(value, frozenset | set):
+        return sorted(cast("frozenset[str]", value))
+    return float(value) if isinstance(value, int) else value

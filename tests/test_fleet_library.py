@@ -11,8 +11,10 @@ from typing import Any
 
 import mcp_types as types
 import pytest
+from aiohttp import web
 from faults import eventually
-from leasehold import Callbacks, CallFailed, Fleet, SessionReleased
+from leasehold import Callbacks, CallFailed, Fleet, PoolTimeout, SessionReleased
+from leasehold.pool.calls import call
 from mcp import ClientSession
 from mcp.shared.exceptions import MCPError
 
@@ -139,8 +141,8 @@ async def test_b20_b42_callbacks_work_across_the_hop(redis_url: str) -> None:
                 assert text(await session.call_tool("list_roots", {})) == f"file:///{name}"
                 await session.call_tool("log", {"level": "info", "message": name, "times": 3})
                 await eventually(lambda host=host, name=name: host.told.count(f"log {name}") == 3)
-                call = session.call_tool("slow", {"seconds": 0.2, "steps": 4}, progress_callback=host.on_progress)
-                assert text(await call) == "slow  done"
+                calling = session.call_tool("slow", {"seconds": 0.2, "steps": 4}, progress_callback=host.on_progress)
+                assert text(await calling) == "slow  done"
                 assert host.progress == [1, 2, 3, 4], "in order, and before the result"
             assert "log bob" not in alice.told
             await first.call_tool("notify_later", {"seconds": 0.3, "tag": "news"})
@@ -205,3 +207,99 @@ async def test_b23_a_session_is_of_no_use_after_its_block(redis_url: str, server
             await session.send_ping()
         with pytest.raises(SessionReleased):
             await session.send_ping()
+
+
+async def test_b3_a_fleet_that_is_cancelled_while_it_joins_leaves_nothing() -> None:
+    """The runner of these tests fails one that leaves a task behind."""
+    fleet = Fleet("redis://127.0.0.1:1", config={"mcpServers": {"a": {"url": "http://127.0.0.1:1/mcp"}}}, secret=SECRET)
+    joining = asyncio.create_task(fleet.__aenter__())
+    await asyncio.sleep(0.2)
+    joining.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await joining
+    with pytest.raises(RuntimeError, match="async with"):
+        fleet.core  # noqa: B018
+
+
+async def test_b45_a_member_whose_background_work_fails_says_so_and_ends_cleanly(redis_url: str) -> None:
+    servers = {"counter": {"command": sys.executable, "args": [str(EXAMPLES / "counter_stdio.py")]}}
+    async with fleets(redis_url, servers, 1) as (one,):
+        async with one.session("counter", affinity="a") as session:
+            await session.send_ping()
+        core = one.core
+
+        def fail() -> None:
+            raise ZeroDivisionError
+
+        core.tick = fail  # type: ignore[method-assign]
+        await eventually(lambda: one._hosted is not None and one._hosted.failure is not None, 30)
+        with pytest.raises(RuntimeError, match="has stopped"):
+            one.session("counter", affinity="a")
+    assert len(core.pool) == 0
+
+
+async def test_b18_headers_may_be_a_function_that_is_asked_with_each_call(redis_url: str) -> None:
+    seen: list[str] = []
+
+    async def serve(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("authorization", ""))
+        message = await request.json() if request.method == "POST" else {}
+        if "id" not in message:
+            return web.Response(status=202)
+        result: Any = {}
+        if message["method"] == "initialize":
+            info = {"name": "s", "version": "1"}
+            result = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": info}
+        answer = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        return web.json_response(answer, headers={"mcp-session-id": "one"})
+
+    app = web.Application()
+    app.router.add_route("*", "/mcp", serve)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/mcp"
+    servers = {"counter": {"url": url, "leasehold": {"forward_headers": ["authorization"]}}}
+    token = "first"
+
+    def headers() -> dict[str, str]:
+        return {"Authorization": f"Bearer {token}"}
+
+    try:
+        async with fleets(redis_url, servers) as (one, two):
+            with pytest.raises(ValueError, match="principal"):
+                one.session("counter", affinity="a", headers=headers)
+            async with (
+                one.session("counter", affinity="a", principal="alice", headers=headers) as first,
+                two.session("counter", affinity="a", principal="alice", headers=headers) as second,
+                one.session("counter", principal="alice", headers=headers) as third,
+            ):
+                for session in (first, second, third):
+                    token = f"token of {session!r}"
+                    await session.send_ping()
+                    assert seen[-1] == f"Bearer {token}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_the_raw_face_is_bytes_in_and_bytes_out_across_the_hop(redis_url: str, servers: dict[str, Any]) -> None:
+    async with fleets(redis_url, servers) as (one, two):
+        async with one.link("counter", affinity="a") as first, two.link("counter", affinity="a") as second:
+            assert first.initialize_result["serverInfo"]["name"] == "counter"
+            for expected, link in enumerate((first, second), start=1):
+                params = {"name": "increment", "arguments": {}}
+                answer = await call(link, "tools/call", params, id=link.next_id())
+                assert answer.payload["result"]["content"][0]["text"] == str(expected)
+
+
+async def test_a_server_of_affinity_principal_has_one_session_for_each_and_time_is_bounded(redis_url: str) -> None:
+    """B12"""
+    server = {"command": sys.executable, "args": [str(EXAMPLES / "counter_stdio.py")]}
+    servers = {"counter": server | {"leasehold": {"affinity": "principal"}}}
+    async with fleets(redis_url, servers) as (one, two):
+        for expected, (fleet, who) in enumerate(((one, "alice"), (two, "alice")), start=1):
+            async with fleet.session("counter", principal=who) as session:
+                assert text(await session.call_tool("increment", {})) == str(expected)
+        with pytest.raises(PoolTimeout):
+            async with two.session("counter", principal="bob", timeout_s=0.001):
+                pytest.fail("a process starts in no time")

@@ -190,3 +190,85 @@ async def test_without_affinity_sessions_are_ready_before_the_first_call(redis_u
         body, _ = one.telemetry.exposition()
         assert b"leasehold_sessions_idle 3.0" in body
         assert b'leasehold_session_loans_reused_total{reason=""}' in body
+
+
+@pytest.mark.parametrize("affinity", ["principal", "none"])
+async def test_b17_a_credential_in_any_forwarded_header_is_who_calls(
+    redis_url: str, stub: Upstream, affinity: str
+) -> None:
+    config = servers(stub, affinity, forward_headers=["x-api-key", "x-request-id"])
+    async with worker(redis_url, config) as one:
+        counts: list[int] = []
+        for key, request in ((b"alice", b"1"), (b"bob", b"2"), (b"alice", b"3")):
+            (client,) = await initialized(one, headers=[(b"x-api-key", key), (b"x-request-id", request)])
+            counts.append(await client.count())
+        assert counts == [2, 2, 3], "alice's two requests are one principal's, bob's is another's"
+
+
+async def test_b24_housekeeping_during_a_claim_leaves_the_record_of_the_session_alone(
+    redis_url: str, stub: Upstream
+) -> None:
+    async with worker(redis_url, servers(stub, "principal")) as one:
+        directory = one.member.directory
+        claim, housekeeping = directory.claim, []
+
+        async def claim_meanwhile(*args: Any) -> Any:
+            housekeeping.append(asyncio.create_task(one.sessions.reconcile()))
+            return await claim(*args)
+
+        directory.claim = claim_meanwhile  # type: ignore[method-assign]
+        for i in range(20):
+            name = b"Bearer %d" % i
+            (client,) = await initialized(one, headers=[(b"authorization", name)])
+            await asyncio.gather(*housekeeping)
+            assert await directory.look_up(one.identity.shared_key("counter", name)) is not None
+            assert await client.count() == 2
+        assert len(stub.counts) == 20
+
+
+async def test_the_stream_of_a_shared_session_is_opened_with_credentials_and_its_refusal_is_told(
+    redis_url: str,
+) -> None:
+    """B20: once the token is refused, the client learns it, and does not wait for ever."""
+    opened, ended = asyncio.Event(), asyncio.Event()
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        if request.headers.get("authorization") != "Bearer good":
+            return web.Response(status=401)
+        if request.method == "GET":
+            if not opened.is_set():
+                opened.set()
+                return web.Response(status=403)
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(b'data: {"jsonrpc":"2.0","method":"notifications/tools/list_changed"}\n\n')
+            await ended.wait()
+            return response
+        message = orjson.loads(await request.read() or b"{}")
+        if message.get("method") != "initialize":
+            return web.Response(status=202)
+        result: Any = {"protocolVersion": VERSION, "capabilities": {}, "serverInfo": {"name": "s", "version": "1"}}
+        body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        return web.json_response(body, headers={"mcp-session-id": "one"})
+
+    app = web.Application()
+    app.router.add_route("*", "/mcp", serve)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    options = {"affinity": "principal", "forward_headers": ["authorization"]}
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/mcp"
+    try:
+        async with worker(redis_url, {"counter": {"url": url, "leasehold": options}}) as one:
+            (client,) = await initialized(one, headers=[(b"authorization", b"Bearer good")])
+            assert (await client.send("GET"))[0] == 403
+            relay = one.sessions.all()[0].relay
+            listening = asyncio.create_task(client.send("GET"))
+            await eventually(lambda: relay._is_open)
+            one.drain()
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+            await eventually(lambda: not relay._listeners and relay._reader is None)
+    finally:
+        ended.set()
+        await runner.cleanup()

@@ -151,7 +151,7 @@ class Affinity:
         if task is None:
             task = asyncio.ensure_future(self._find(call.key, call.opens))
             self._resolving[call.key] = task
-            task.add_done_callback(lambda _: self._resolving.pop(call.key, None))
+            task.add_done_callback(lambda done: self._resolved(call.key, done))
         try:
             found = await asyncio.shield(task)
         except Unavailable as error:
@@ -161,6 +161,11 @@ class Affinity:
         if found is None:
             raise session_not_found(call.id)
         return found
+
+    def _resolved(self, key: str, task: asyncio.Task[Owned | Registration | None]) -> None:
+        self._resolving.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # retrieved: who asked may have left
 
     async def _find(self, key: str, opens: Opens | None) -> Owned | Registration | None:
         until = asyncio.get_running_loop().time() + self._member.lease_ttl_s + HOLD_MARGIN_S

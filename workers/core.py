@@ -65,6 +65,7 @@ class WorkerCore:
         max_body_bytes: int,
         ephemeral: bool = False,
         index: int = 0,
+        pool: SessionPool | None = None,
     ) -> None:
         """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
         them."""
@@ -78,7 +79,7 @@ class WorkerCore:
             "index": index,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.pool = SessionPool()
+        self.pool = pool or SessionPool()
         self.member = Member(redis, Keys(namespace), keyring, self, lease_ttl_ms=lease_ttl_ms, info=info)
         self.sessions = Sessions(self.member, self.pool, keyring, upstreams)
         self.serving = Serving(self.sessions, max_body_bytes=max_body_bytes)
@@ -89,7 +90,6 @@ class WorkerCore:
         self.pool.breakers.on_due = self._health_due.set
         self.on_joined: Callable[[str], None] = lambda _incarnation: None
         self._joined = asyncio.Event()
-        self._tasks: asyncio.TaskGroup | None = None
         self._handing_off: asyncio.Task[None] | None = None
 
     @property
@@ -126,7 +126,6 @@ class WorkerCore:
     async def running(self) -> AsyncGenerator[None, None]:
         """Join the fleet and serve; on leaving, drain and stop. Without Redis it starts unready and joins later."""
         async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
             member = tasks.create_task(self.member.run(), name="leasehold-member")
             pool = tasks.create_task(self.pool.run(), name="leasehold-pool")
             background = [
@@ -137,15 +136,28 @@ class WorkerCore:
                 await self._wait_joined()
                 yield
             finally:
-                await self._stop()
-                self.pool.close()
-                await asyncio.wait({pool}, timeout=15)
-                await self.sessions.settle()
-                await self.member.stop()
-                for task in background:
-                    task.cancel()
-                await asyncio.wait({member}, timeout=5)
-                await self.member.aclose()
+                await self._shut_down(member, pool, background)
+
+    async def _shut_down(
+        self, member: asyncio.Task[None], pool: asyncio.Task[None], background: list[asyncio.Task[None]]
+    ) -> None:
+        """Each step is taken, whatever becomes of the others: background work may have failed, and ended the group."""
+        await self._step(self._stop())
+        self.pool.close()
+        await asyncio.wait({pool}, timeout=15)
+        await self._step(self.sessions.settle())
+        await self._step(self.member.stop())
+        for task in background:
+            task.cancel()
+        await asyncio.wait({member}, timeout=5)
+        await self._step(self.member.aclose())
+
+    @staticmethod
+    async def _step(work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            logger.exception("stop_incomplete")
 
     def drain(self) -> None:
         """Take no new sessions, hand off those that can move, and end the streams that never end by themselves.
@@ -156,8 +168,9 @@ class WorkerCore:
             return
         self.is_draining = True
         logger.info("draining sessions=%d", len(self.pool))
-        if self._tasks is not None and not self.ephemeral:
-            self._handing_off = self._tasks.create_task(self._hand_off(), name="leasehold-hand-off")
+        if self.has_joined and not self.ephemeral:
+            loop = asyncio.get_running_loop()
+            self._handing_off = loop.create_task(self._hand_off(), name="leasehold-hand-off")
 
     async def _hand_off(self) -> None:
         try:

@@ -13,14 +13,29 @@ import binascii
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final, Protocol
 
 from ..coordinator import Keyring
-from .asgi import Scope, header
+from .asgi import Headers, Scope, header
 
 NONCE_BYTES: Final = 18
 TAG_BYTES: Final = 18
 ID_CHARACTERS: Final = (NONCE_BYTES + TAG_BYTES) * 4 // 3
+
+OF_THE_REQUEST: Final = frozenset(
+    {
+        b"accept-language",
+        b"authorization",  # what callers are known by anyway
+        b"baggage",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-correlation-id",
+        b"x-request-id",
+    }
+)
+"""Headers that say nothing of who calls."""
 
 _SESSION: Final = b"session id"
 _PRINCIPAL: Final = b"principal"
@@ -74,6 +89,20 @@ class Identity:
     async def caller(self, scope: Scope) -> Caller:
         """Who sent this request; raises `Refused`: 401 for who does not say, or not truly."""
         bound = await self._source.bound(scope)
+        return Caller(self.principal(bound), bound)
+
+    def sharing(self, caller: Caller, forwarded: Headers) -> Caller:
+        """The caller for whom a session is shared, with the headers of his that the upstream sees.
+
+        Who is known by the credential he presents is known by all of them: one key more, another principal. A header
+        that is another one in each request belongs to `OF_THE_REQUEST`.
+        """
+        if not isinstance(self._source, Credential):
+            return caller
+        more = sorted(pair for pair in forwarded if pair[0] not in OF_THE_REQUEST)
+        if not more:
+            return caller
+        bound = caller.bound + b"\0" + sha256(repr(more).encode()).digest()
         return Caller(self.principal(bound), bound)
 
     def principal(self, bound: bytes) -> str:

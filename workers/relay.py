@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Final
 
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
-from ..pool.sharing import Posts
+from ..pool.calls import Posts
 from ..pool.sse import STREAM_HEADERS, event
 from .answers import JSON, pool_error_body, turned_away
 from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect

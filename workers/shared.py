@@ -11,7 +11,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any, Final
 
 import orjson
@@ -23,7 +22,7 @@ from ..pool.liveness import HeardLink, is_well
 from ..pool.sharing import SharedIds, SharedLink
 from ..pool.sse import event
 from .affinity import Call
-from .answers import HANDSHAKE_VERSIONS, JSON, session_not_found
+from .answers import HANDSHAKE_VERSIONS, JSON, Refused, session_not_found, unavailable
 from .asgi import Receive, Send, header, respond, until_disconnect
 from .door import method_not_allowed
 from .relay import relay_post, stream_out
@@ -32,6 +31,9 @@ logger = logging.getLogger("leasehold.workers.shared")
 
 MAX_BEHIND: Final = 1000
 """Messages that a listener may be behind; then its stream ends, and its client opens it again."""
+CALLBACKS: Final = b"leasehold-callbacks"
+"""A header by which a library's listener says what it can be asked for; it goes no further than to the owner."""
+ASKED_OF: Final = {"sampling/createMessage": b"sampling", "elicitation/create": b"elicitation", "roots/list": b"roots"}
 RETRY_S: Final = (0.1, 5.0)
 
 
@@ -45,7 +47,7 @@ class SharedRelay:
         self._result = session.initialize_result
         self._ids = SharedIds(session.next_id, str(self._result.get("protocolVersion", "")))
         self._listeners: dict[_Listener, None] = {}
-        self._listening: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[bool] | None = None
         self._is_open = False
         """Whether the upstream's stream is."""
@@ -81,7 +83,7 @@ class SharedRelay:
         if message is None:
             if call.scope["method"] != "GET":
                 raise method_not_allowed(b"POST, GET")
-            await self._listen(client, receive, send)
+            await self._listen(client, call.scope["headers"], receive, send)
         elif message.kind == "request" and message.method == "initialize":
             await respond(send, 200, initialize_answer(message, self._result), JSON)
         elif message.method == "notifications/initialized":
@@ -92,56 +94,67 @@ class SharedRelay:
 
     # -- the stream of messages that belong to no request ----------------------------------------------------------
 
-    async def _listen(self, client: bytes, receive: Receive, send: Send) -> None:
-        listener = _Listener(client)
+    async def _listen(self, client: bytes, headers: Headers, receive: Receive, send: Send) -> None:
+        listener = _Listener(client, headers)
         self._listeners[listener] = None
         try:
             with until_disconnect(receive):
                 if self._is_open:
-                    listener.begin()
-                elif self._listening is None or self._listening.done():
-                    self._listening = asyncio.get_running_loop().create_task(self._read(), name="leasehold-shared")
+                    listener.begin(200)
+                elif self._reader is None:
+                    self._reader = asyncio.get_running_loop().create_task(self._read(), name="leasehold-shared")
                 status = await listener.begun
                 if status != 200:
-                    raise method_not_allowed(b"POST") if status == 405 else session_not_found()
+                    raise _refusal(status)
                 await stream_out(listener.events(), send)
         finally:
             del self._listeners[listener]
-            if not self._listeners and self._listening is not None:
-                self._listening.cancel()
+            if not self._listeners and self._reader is not None:
+                self._reader.cancel()
+                self._reader, self._is_open = None, False
 
     async def _read(self) -> None:
         """Read the upstream's stream, again and again, for as long as anybody listens."""
         delay, longest = RETRY_S
-        status = 0
+        status = 503
         try:
             while status not in (404, 405) and not self._session.is_closed:
-                with suppress(PoolError):
+                try:
                     status = await self._read_once(self._session.link)
+                except PoolError:
+                    status = 503
                 if status == 200:
                     delay = RETRY_S[0]
+                for listener in self._listeners:
+                    listener.begin(status)  # who waits for his stream to begin learns that it does not
                 await asyncio.sleep(delay)
                 delay = min(longest, delay * 2)
         finally:
-            for listener in self._listeners:
-                listener.end(status if status == 405 else 404)
+            if self._reader is asyncio.current_task():  # else nobody listens, or somebody has begun anew
+                self._reader = None
+                for listener in self._listeners:
+                    listener.end(status if status == 405 else 404)
 
     async def _read_once(self, link: Link) -> int:
-        version = [(b"mcp-protocol-version", self._ids.version)]
-        async with session_stream(link, version) as (status, messages):
-            self._is_open = status == 200
+        """With the credentials of who listens since last."""
+        own = forwarded(self._session.upstream, next(reversed(self._listeners)).headers)
+        async with session_stream(link, [(b"mcp-protocol-version", self._ids.version), *own]) as (status, messages):
+            if status != 200:
+                return status
+            self._is_open = True
             try:
-                if self._is_open:
-                    for listener in self._listeners:
-                        listener.begin()
-                    async for message in messages:
-                        self._give(message)
+                for listener in self._listeners:
+                    listener.begin(200)
+                async for message in messages:
+                    self._give(message)
             finally:
-                self._is_open = False
+                if self._reader is asyncio.current_task():
+                    self._is_open = False
         return status
 
     def _give(self, message: Message) -> None:
-        """Progress goes to who asked for it, a request of the server to who came last, the rest to everybody."""
+        """Progress goes to who asked for it, a request of the server to who came last of those that can answer it, the
+        rest to everybody."""
         data = orjson.dumps(message.payload)
         if message.method == "notifications/progress":
             known = self._ids.token(message.params.get("progressToken"))
@@ -150,11 +163,20 @@ class SharedRelay:
                 if known is not None and data is not None and listener.client == known[0]:
                     listener.put(data)
         elif message.kind == "request":
-            for listener in itertools.islice(reversed(self._listeners), 1):
+            able = (listener for listener in reversed(self._listeners) if listener.answers(message.method))
+            for listener in itertools.islice(able, 1):
                 listener.put(data)
         else:
             for listener in self._listeners:
                 listener.put(data)
+
+
+def _refusal(status: int) -> Refused:
+    if status == 405:
+        return method_not_allowed(b"POST")
+    if status in (401, 403):
+        return Refused(status, "The upstream refused the stream of its messages")
+    return session_not_found() if status == 404 else unavailable("The upstream's stream of messages cannot be opened")
 
 
 def initialize_answer(message: Message, result: dict[str, Any]) -> bytes:
@@ -175,16 +197,24 @@ def forwarded(upstream: Upstream, headers: Headers) -> Headers:
 class _Listener:
     """One client that listens: what it has yet to be sent."""
 
-    def __init__(self, client: bytes) -> None:
+    def __init__(self, client: bytes, headers: Headers) -> None:
         self.client = client
+        self.headers = headers
         self.begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        told = header(headers, CALLBACKS)
+        self._callbacks = None if told is None else told.split(b",")
         self._waiting: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._ended = False
 
-    def begin(self) -> None:
+    def answers(self, method: str | None) -> bool:
+        """Whether it can answer this request of the server, as far as it has said."""
+        asked = ASKED_OF.get(method or "")
+        return asked is None or self._callbacks is None or asked in self._callbacks
+
+    def begin(self, status: int) -> None:
         if not self.begun.done():
-            self.begun.set_result(200)
+            self.begun.set_result(status)
 
     def put(self, data: bytes) -> None:
         if len(self._waiting) >= MAX_BEHIND:
@@ -194,8 +224,7 @@ class _Listener:
         self._wake.set()
 
     def end(self, status: int) -> None:
-        if not self.begun.done():
-            self.begun.set_result(status)
+        self.begin(status)
         self._ended = True
         self._wake.set()
 

@@ -97,6 +97,7 @@ class SharedEdge:
         guard: Guard,
         send: Send,
     ) -> None:
+        caller = self._identity.sharing(caller, forwarded(upstream, scope["headers"]))
         if upstream.affinity == "principal":
             key = self._identity.shared_key(upstream.name, caller.bound)
             opens = Opens(upstream, caller.principal, initialize_params(), forwarded(upstream, scope["headers"]))
