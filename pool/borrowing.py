@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -80,7 +81,7 @@ class Lends(Protocol):
 class Borrow:
     """A session on loan. Everything raises `SessionReleased` once it was given back; `release` may be called twice."""
 
-    __slots__ = ("_pool", "_released", "_renewing", "answered", "is_broken", "session", "want")
+    __slots__ = ("_pool", "_released", "_renewing", "answered", "is_broken", "is_lost", "session", "want")
 
     def __init__(self, pool: Lends, session: PooledSession, want: Want) -> None:
         self._pool = pool
@@ -90,12 +91,19 @@ class Borrow:
         self.want = want
         self.is_broken = False
         """A call failed in its transport: the session is closed when it comes back."""
+        self.is_lost = False
+        """A call has told that the session, which others may share, has ended: the next one needs another."""
         self.answered = 0
-        session.__enter__()
+        self._hold(session)
 
     def __repr__(self) -> str:
         state = "released" if self._released else "broken" if self.is_broken else "held"
         return f"<Borrow {state} of {self.session!r}>"
+
+    @property
+    def lender(self) -> Lends:
+        """Where it comes from."""
+        return self._pool
 
     @property
     def is_shared(self) -> bool:
@@ -133,7 +141,9 @@ class Borrow:
 
     def failed(self, error: PoolError | None) -> None:
         """Note how a call ended. A session that others share is only lost when its transport says so."""
-        if isinstance(error, UpstreamLost | CallTimeout | OpenFailed | SessionClosed) and not self.is_shared:
+        if self.is_shared:
+            self.is_lost = self.is_lost or self.session.is_closed
+        elif isinstance(error, UpstreamLost | CallTimeout | OpenFailed | SessionClosed):
             self.is_broken = True
 
     def release(self, *, discard: bool = False) -> None:
@@ -147,19 +157,24 @@ class Borrow:
     def exchange(self, session: PooledSession) -> None:
         """Hold another session in place of this one, which is closed."""
         old = self.session
-        self.session, self.is_broken = session, False
-        session.__enter__()
+        self.session, self.is_broken, self.is_lost = session, False, False
+        self._hold(session)
         old.__exit__()
+
+    def _hold(self, session: PooledSession) -> None:
+        session.__enter__()
+        session.farewell = partial(_farewell, self._pool, self.want)
 
 
 class BorrowedLink:
     """The raw face of a borrowed session: bytes of JSON-RPC in, bytes out. Ids on one session must be unique: take
     them from `next_id`."""
 
-    __slots__ = ("_borrow",)
+    __slots__ = ("_borrow", "_pool")
 
     def __init__(self, borrow: Borrow) -> None:
         self._borrow = borrow
+        self._pool = borrow.lender
 
     def __repr__(self) -> str:
         return f"<BorrowedLink {self._borrow!r}>"
@@ -191,11 +206,17 @@ class BorrowedLink:
     async def _use(self, ask: Callable[[Link], Any]) -> Reply:
         borrow = self._borrow
         borrow.check()
+        if borrow.is_lost:
+            await self._pool.renew(borrow, borrow.session)
+        session = borrow.session
         try:
             reply: Reply = await ask(borrow.link)
         except PoolError as error:
-            borrow.failed(error)
+            if borrow.session is session:
+                borrow.failed(error)
             raise
+        if borrow.is_shared and borrow.session is session and session.is_closed:  # so this answer says
+            borrow.is_lost = True
         reply.chunks = _watched(reply.chunks, borrow)
         await anext(reply.chunks)  # a generator that never began runs no clean-up when it is closed
         return reply
@@ -230,6 +251,10 @@ async def _watched(chunks: AsyncGenerator[bytes, None], borrow: Borrow) -> Async
         raise
     finally:
         await chunks.aclose()
+
+
+def _farewell(pool: Lends, want: Want, link: Link) -> tuple[Link, Headers]:
+    return link if want.auth is None else pool.authorized(link, want), want.headers
 
 
 def number_of(auth: httpx2.Auth | None) -> str:

@@ -148,10 +148,14 @@ async def _from_events(reply: Reply, id: RequestId, on_message: OnMessage | None
             elif on_message is not None:
                 await on_message(message)
         if found is not None:
-            # The stream should end now. If it does not, nothing more is waited for.
-            with suppress(TimeoutError, PoolError):
-                async with asyncio.timeout(LAST_EVENT_S):
-                    async for _ in reply.chunks:
-                        pass
+            await let_end(reply.chunks)
             return found
     raise UpstreamLost("the upstream's answer ended before the response")
+
+
+async def let_end(chunks: AsyncGenerator[bytes, None]) -> None:
+    """A stream that has given its answer should end now. If it does not, nothing more is waited for."""
+    with suppress(TimeoutError, PoolError):
+        async with asyncio.timeout(LAST_EVENT_S):
+            async for _ in chunks:
+                pass

@@ -1,9 +1,10 @@
-"""What the books of a pool (`ledger.py`) are about, slots and limits, and what they decide, effects: data only."""
+"""What the books of a pool (`ledger.py`) are about, slots, places and limits, and what they decide: data only."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
 S = TypeVar("S", bound=Hashable)
@@ -19,6 +20,18 @@ class Slot(NamedTuple):
     upstream: str
     principal: str
     kind: str = ""
+
+
+class Place(Enum):
+    """Where a session is."""
+
+    IDLE = "idle"
+    LENT = "lent"
+    KEPT = "kept"
+    """Held under a key of its own, and never lent to anybody who does not name it."""
+    SPARE = "spare"
+    """As KEPT, shared by a name, and nobody has it now: closed where nothing idle makes room."""
+    CLOSING = "closing"
 
 
 @dataclass(frozen=True, slots=True)

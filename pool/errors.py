@@ -30,7 +30,7 @@ class Fenced(PoolError):
 
 
 class PoolFull(PoolError):
-    """Raised when a limit on sessions is reached; nothing was opened."""
+    """Raised when a limit on sessions or on callers who wait is reached, or the pool is closing; nothing was sent."""
 
 
 class PoolTimeout(PoolFull):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final, cast
 
+from .. import __version__
 from .calls import JSON_HEADERS, call, notify
-from .errors import CallTimeout, OpenFailed, PoolError, UpstreamLost, UpstreamRefused
+from .errors import CallTimeout, OpenFailed, SessionClosed, UpstreamLost, UpstreamRefused
 from .link import Headers, Link
 
 NEWEST_VERSION: Final = "2025-11-25"
-VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", NEWEST_VERSION)
+HANDSHAKE_VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", NEWEST_VERSION)
 INITIALIZE_ID: Final = "leasehold-initialize"
 """Our own requests have string ids with a prefix: no client's id on the same upstream session can be the same."""
 
@@ -19,7 +20,7 @@ def initialize_params(capabilities: dict[str, Any] | None = None) -> dict[str, A
     return {
         "protocolVersion": NEWEST_VERSION,
         "capabilities": capabilities or {},
-        "clientInfo": {"name": "leasehold", "version": "0.1.0"},
+        "clientInfo": {"name": "leasehold", "version": __version__},
     }
 
 
@@ -32,7 +33,7 @@ async def initialize(link: Link, params: dict[str, Any], headers: Headers) -> di
         answer = await call(link, "initialize", params, id=INITIALIZE_ID, headers=[*JSON_HEADERS, *headers])
     except UpstreamRefused as error:
         raise OpenFailed(f"the upstream refused to open a session: HTTP status {error.status}") from error
-    except (UpstreamLost, CallTimeout) as error:  # whatever became of the session, no call of it has run
+    except (UpstreamLost, CallTimeout, SessionClosed) as error:  # whatever became of the session, no call of it has run
         raise OpenFailed(f"the upstream broke off the handshake: {error}") from error
     error: Any = answer.payload.get("error")
     if error is not None:
@@ -40,12 +41,12 @@ async def initialize(link: Link, params: dict[str, Any], headers: Headers) -> di
         raise OpenFailed(f"the upstream refused to open a session: {str(told)[:200]}")
     result: Any = answer.payload.get("result")
     version: Any = cast("dict[str, Any]", result).get("protocolVersion") if isinstance(result, dict) else None
-    if version not in VERSIONS:
+    if version not in HANDSHAKE_VERSIONS:
         raise OpenFailed("the upstream's answer to initialize names no protocol version that is known")
     link.negotiated(version)
     try:
         await notify(link, "notifications/initialized", headers=session_headers(version, headers))
-    except PoolError as failure:
+    except (UpstreamRefused, UpstreamLost, CallTimeout, SessionClosed) as failure:
         raise OpenFailed(f"the upstream broke off the handshake: {failure}") from failure
     return cast("dict[str, Any]", result)
 

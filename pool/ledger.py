@@ -12,26 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic
 
-from .effects import Close, Effects, Fail, Grant, Limits, Open, S, Scope, Slot, W
+from .effects import Close, Effects, Fail, Grant, Open, Place, S, Slot, W
 from .errors import PoolFull
 from .shelf import Shelf, scopes
-
-K = TypeVar("K")
-
-
-class Place(Enum):
-    """Where a session is."""
-
-    IDLE = "idle"
-    LENT = "lent"
-    KEPT = "kept"
-    """Held under a key of its own, and never lent to anybody who does not name it."""
-    SPARE = "spare"
-    """As KEPT, shared by a name, and nobody has it now: closed where nothing idle makes room."""
-    CLOSING = "closing"
+from .tally import Tally, take_one
 
 
 @dataclass(slots=True)
@@ -46,10 +32,9 @@ class Ledger(Generic[S, W]):
     """The books of one pool."""
 
     def __init__(self, *, max_sessions: int, max_waiting: int) -> None:
-        self.max_sessions = max_sessions
         self.max_waiting = max_waiting
-        self.limits: dict[Slot, Limits] = {}
-        """Of each slot that is used. What they count is what has the same name."""
+        self._tally = Tally(max_sessions)
+        self.limits = self._tally.limits
         self.is_closed = False
         self.has_begun = True
         self._entries: dict[S, _Entry] = {}
@@ -63,19 +48,23 @@ class Ledger(Generic[S, W]):
         self._joined = 0
         self._opening: Counter[Slot] = Counter()
         self._making_room: Counter[Slot] = Counter()
-        self._total = 0
-        self._per_upstream: Counter[str] = Counter()
-        self._per_principal: Counter[tuple[str, str]] = Counter()
-        self._per_slot: Counter[Slot] = Counter()
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
-        return f"<Ledger {state} sessions={self._total}/{self.max_sessions} idle={self.idle} waiting={self.waiting}>"
+        return f"<Ledger {state} sessions={self.total}/{self.max_sessions} idle={self.idle} waiting={self.waiting}>"
+
+    @property
+    def max_sessions(self) -> int:
+        return self._tally.max_sessions
+
+    @max_sessions.setter
+    def max_sessions(self, most: int) -> None:
+        self._tally.max_sessions = most
 
     @property
     def total(self) -> int:
         """Sessions that count: idle, lent, kept, closing, and those being opened."""
-        return self._total
+        return self._tally.total
 
     @property
     def idle(self) -> int:
@@ -83,7 +72,6 @@ class Ledger(Generic[S, W]):
 
     @property
     def waiting(self) -> int:
-        """Callers."""
         return len(self._waiters) + self._joined
 
     @property
@@ -111,11 +99,11 @@ class Ledger(Generic[S, W]):
         return None if entry is None else entry.slot
 
     def sessions_of(self, slot: Slot) -> int:
-        return self._per_slot[slot]
+        return self._tally.per_slot[slot]
 
     def is_used(self, slot: Slot) -> bool:
         """Whether a session of this slot counts, or somebody waits for one."""
-        return slot in self._per_slot or slot in self._queues
+        return slot in self._tally.per_slot or slot in self._queues
 
     # -- borrowing -------------------------------------------------------------------------------------------------
 
@@ -123,9 +111,9 @@ class Ledger(Generic[S, W]):
         """Take the session of this slot that was used last, unless somebody waits for it. Raises `PoolFull` once
         closed."""
         self.check_open()
-        session = None if slot in self._queues else self._idle.last(slot)
-        if session is not None:
-            self._move(session, self._entries[session], Place.LENT)
+        if slot in self._queues or (session := self._idle.last(slot)) is None:
+            return None
+        self._move(session, self._entries[session], Place.LENT)
         return session
 
     def wait(self, waiter: W, slot: Slot) -> Effects[S, W]:
@@ -145,7 +133,7 @@ class Ledger(Generic[S, W]):
         if slot is None:
             return False
         self._passed.pop(waiter, None)
-        _take_one(self._waiting_for, slot.upstream)
+        take_one(self._waiting_for, slot.upstream)
         queue = self._queues[slot]
         del queue[waiter]
         if not queue:
@@ -177,11 +165,11 @@ class Ledger(Generic[S, W]):
     def is_wanted(self, slot: Slot, minimum: int = 0) -> bool:
         """Whether an opening that is about to begin still has somebody to serve."""
         waiting = len(self._queues.get(slot, ()))
-        return not self.is_closed and (waiting >= self._opening[slot] or self._per_slot[slot] <= minimum)
+        return not self.is_closed and (waiting >= self._opening[slot] or self._tally.per_slot[slot] <= minimum)
 
     def opened(self, session: S, slot: Slot) -> Effects[S, W]:
         """An opening succeeded: the session goes to who has waited longest, or is idle."""
-        _take_one(self._opening, slot)
+        take_one(self._opening, slot)
         entry = self._entries[session] = _Entry(slot, Place.LENT)
         self._lent += 1
         if self.is_closed:
@@ -191,9 +179,9 @@ class Ledger(Generic[S, W]):
     def open_failed(self, slot: Slot, session: S | None = None) -> Effects[S, W]:
         """An opening failed: who has waited longest is told so, and the next one gets a new try. `session`: what is
         left of it counts until it has ended."""
-        _take_one(self._opening, slot)
+        take_one(self._opening, slot)
         if session is None:
-            self._uncount(slot)
+            self._tally.uncount(slot)
         else:
             self._entries[session] = _Entry(slot, Place.CLOSING)
         effects: Effects[S, W] = []
@@ -204,14 +192,14 @@ class Ledger(Generic[S, W]):
 
     def open_forgone(self, slot: Slot) -> Effects[S, W]:
         """An opening was not begun, for nobody waits any more."""
-        _take_one(self._opening, slot)
-        self._uncount(slot)
+        take_one(self._opening, slot)
+        self._tally.uncount(slot)
         return self._serve_waiting()
 
     def top_up(self, slot: Slot, minimum: int) -> Effects[S, W]:
         """Have at least so many sessions of this slot, as far as there is room without closing others."""
         effects: Effects[S, W] = []
-        while not self.is_closed and self._per_slot[slot] < minimum and self.blocked_by(slot) is None:
+        while not self.is_closed and self._tally.per_slot[slot] < minimum and self.blocked_by(slot) is None:
             effects.append(self._open(slot))
         return effects
 
@@ -222,7 +210,7 @@ class Ledger(Generic[S, W]):
         reason = None if force else self.blocked_by(slot)
         if reason is not None:
             raise PoolFull(f"limit reached: {reason}")
-        self._count(slot)
+        self._tally.count(slot)
         self._entries[session] = _Entry(slot, Place.KEPT)
 
     def keep_lent(self, session: S) -> None:
@@ -248,7 +236,7 @@ class Ledger(Generic[S, W]):
     def make_room(self, slot: Slot) -> list[Close[S]]:
         """Close the longest idle session that is in the way of one of this slot, if that is the only one."""
         victim = self._victim(slot)
-        if victim is None or self.blocked_by(slot, less=1) is not None:
+        if victim is None or self._tally.blocked_by(slot, less=1) is not None:
             return []
         return [self._close(victim, self._entries[victim], "evicted")]
 
@@ -268,8 +256,8 @@ class Ledger(Generic[S, W]):
             return []
         self._move(session, entry, Place.CLOSING)
         if entry.room_for is not None:
-            _take_one(self._making_room, entry.room_for)
-        self._uncount(entry.slot)
+            take_one(self._making_room, entry.room_for)
+        self._tally.uncount(entry.slot)
         return self._serve_waiting()
 
     def drain(self) -> Effects[S, W]:
@@ -288,18 +276,9 @@ class Ledger(Generic[S, W]):
                 raise RuntimeError("expected to be used inside `async with`")
             raise PoolFull("the pool is closing")
 
-    def blocked_by(self, slot: Slot, *, less: int = 0) -> str | None:
-        """The limit that forbids one more session of this slot, in words; None if there is room, or will be with so
-        many `less`."""
-        limits = self.limits[slot]
-        if self._total - less >= self.max_sessions:
-            return f"{self.max_sessions} sessions on this worker"
-        if self._per_upstream[slot.upstream] - less >= limits.sessions:
-            return f"{limits.sessions} sessions of {slot.upstream}"
-        per_principal = limits.per_principal
-        if per_principal is not None and self._per_principal[slot.upstream, slot.principal] - less >= per_principal:
-            return f"{per_principal} sessions of {slot.upstream} per principal"
-        return None
+    def blocked_by(self, slot: Slot) -> str | None:
+        """The limit that forbids one more session of this slot, in words; None if there is room."""
+        return self._tally.blocked_by(slot)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -315,19 +294,19 @@ class Ledger(Generic[S, W]):
     def _serve_by_closing(self, session: S, entry: _Entry) -> Effects[S, W]:
         """Nobody has this session any more: it is closed for who has waited longest of those in whose way it is. Whom
         another one could have helped has been served before."""
-        everybody = self._total >= self.max_sessions
+        everybody = self._tally.total >= self.max_sessions
         if not self._waiters or not (everybody or entry.slot.upstream in self._waiting_for):
             return []
         near = scopes(entry.slot)
-        uncovered: Counter[Slot] = Counter()
+        waiting: dict[Slot, int] = {}
         for slot in self._waiters.values():
-            if not everybody and slot.upstream != entry.slot.upstream:
+            if slot.upstream != near[2] and not everybody:
                 continue
-            uncovered[slot] += 1
-            if uncovered[slot] <= self._opening[slot] + self._making_room[slot]:
-                continue
-            if self._scope_in_the_way(slot) in near and self.blocked_by(slot) is not None:
-                return [self._close_for(slot, session, entry)]
+            if self._tally.scope_in_the_way(slot) in near:
+                waiting[slot] = waiting.get(slot, 0) + 1
+                is_covered = waiting[slot] <= self._opening[slot] + self._making_room[slot]
+                if not is_covered and self.blocked_by(slot) is not None:
+                    return [self._close_for(slot, session, entry)]
         return []
 
     def _next_waiter(self, slot: Slot) -> W | None:
@@ -373,28 +352,21 @@ class Ledger(Generic[S, W]):
         for waiter, slot in self._waiters.items():
             if slot == free:
                 return None
-            if not self._opening[slot] + self._making_room[slot] and self._scope_in_the_way(slot) in scopes(free):
+            if not self._opening[slot] + self._making_room[slot] and self._tally.scope_in_the_way(slot) in scopes(free):
                 self._passed[waiter] += 1
-                return slot if self._passed[waiter] > self._total else None
+                return slot if self._passed[waiter] > self._tally.total else None
         return None
 
     def _victim(self, slot: Slot) -> S | None:
         """The longest idle session whose end makes room for one of this slot, or brings it nearer; else the longest
         spare one."""
-        scope = self._scope_in_the_way(slot)
+        scope = self._tally.scope_in_the_way(slot)
         idle = self._idle.first(scope)
         return self._spare.first(scope) if idle is None else idle
 
-    def _scope_in_the_way(self, slot: Slot) -> Scope:
-        """Where sessions have to end before there is room for one of this slot."""
-        limits, principal = self.limits[slot], (slot.upstream, slot.principal)
-        if limits.per_principal is not None and self._per_principal[principal] >= limits.per_principal:
-            return principal
-        return slot.upstream if self._per_upstream[slot.upstream] >= limits.sessions else None
-
     def _open(self, slot: Slot) -> Open:
         self._opening[slot] += 1
-        self._count(slot)
+        self._tally.count(slot)
         return Open(slot)
 
     def _close(self, session: S, entry: _Entry, reason: str) -> Close[S]:
@@ -424,22 +396,3 @@ class Ledger(Generic[S, W]):
     def _check_waiting(self) -> None:
         if self.waiting >= self.max_waiting:
             raise PoolFull(f"limit reached: {self.max_waiting} callers wait for a session")
-
-    def _count(self, slot: Slot) -> None:
-        self._total += 1
-        self._per_upstream[slot.upstream] += 1
-        self._per_principal[slot.upstream, slot.principal] += 1
-        self._per_slot[slot] += 1
-
-    def _uncount(self, slot: Slot) -> None:
-        self._total -= 1
-        _take_one(self._per_upstream, slot.upstream)
-        _take_one(self._per_principal, (slot.upstream, slot.principal))
-        _take_one(self._per_slot, slot)
-
-
-def _take_one(counter: Counter[K], key: K) -> None:
-    """Count one down; what has come to nothing is forgotten, for principals come and go without end."""
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
+from .backoff import Backoff
 from .borrowing import Borrow, Want
+from .checks import Checks
+from .effects import Close, Effects, Fail, Grant, Limits, Open, Slot
 from .errors import OpenFailed, PoolError, PoolFull, PoolTimeout
-from .ledger import Close, Effects, Fail, Grant, Ledger, Limits, Open, Slot
+from .ledger import Ledger
 from .link import Link
-from .liveness import is_well
 from .session import CLOSE_GRACE_S, PooledSession, State
 from .statistics import Counts
+from .tally import take_one
 from .upstream import Upstream
 
 logger = logging.getLogger("leasehold.pool")
@@ -43,11 +46,14 @@ class Lending:
         self._make = make
         self._authorize = authorize
         self._counts = counts
-        # How more of a slot are opened; the least of a slot; the one session of a slot that is shared, and its check.
+        # How more of a slot are opened; the least of a slot, and when to try; the one session of a slot that is
+        # shared, and how many are about to have it.
         self._wants: dict[Slot, Want] = {}
         self._minimum: dict[Slot, int] = {}
+        self._backoff: dict[Slot, Backoff] = {}
         self._shared: dict[Slot, asyncio.Task[PooledSession]] = {}
-        self._checks: dict[PooledSession, asyncio.Task[bool]] = {}
+        self._sharers: Counter[Slot] = Counter()
+        self._checks = Checks(authorize)
         self._creators: set[asyncio.Task[None]] = set()
         self._returned = asyncio.Event()
 
@@ -61,7 +67,7 @@ class Lending:
         session = self._take(want)
         if session is None or session.is_closed or session.is_expired or session.is_due or sure:
             session = await self._acquire(want, session, timeout_s, sure=sure)
-        self._counts.loan(session)
+        self._lend(session, want)
         return Borrow(self, session, want)
 
     def give_back(self, borrow: Borrow, *, discard: bool) -> None:
@@ -70,8 +76,9 @@ class Lending:
         if borrow.is_shared:
             if discard:
                 self.perform(self.ledger.close(session, "discarded"))
-            elif self.ledger.is_closed and not session.in_flight:
-                self.perform(self.ledger.close(session, "drained"))
+            elif not session.in_flight:
+                closed = self.ledger.is_closed
+                self.perform(self.ledger.close(session, "drained") if closed else self.ledger.spare(session))
         elif session.is_expired:
             self.perform(self.ledger.release(session, keep=False, reason="max_age"))
         else:
@@ -84,25 +91,27 @@ class Lending:
         return self._authorize(link, want)
 
     async def renew(self, borrow: Borrow, lost: PooledSession, *, timeout_s: float | None = None) -> None:
-        """Replace the session of a borrow that nothing was done on yet, by another one of its slot. Calls that have
-        `lost` it together get one replacement. Raises what `acquire` raises, and `SessionReleased`."""
+        """Replace the session of a borrow by another one of its slot: nothing was done on it yet, or others share it.
+        Calls that have `lost` it together get one replacement. Raises what `acquire` raises, and `SessionReleased`."""
         async with borrow.renewing:
             borrow.check()
             if borrow.session is not lost:
                 return
             self.perform(self.ledger.release(lost, keep=False))
             # What has ended one session may have ended the others.
-            session = await self._acquire(borrow.want, None, timeout_s, sure=True)
+            session = await self._acquire(borrow.want, None, timeout_s, sure=not borrow.is_shared)
             if borrow.is_released:  # meanwhile
                 self.perform(self.ledger.release(session, keep=True))
+                self._unused(borrow.want.slot)
             borrow.check()
-            self._counts.loan(session)
+            self._lend(session, borrow.want)
             borrow.exchange(session)
 
     def prewarm(self, want: Want, minimum: int | None = None) -> None:
         """See `SessionPool.prewarm`."""
         self._know(want)
         self._minimum[want.slot] = want.upstream.min_sessions if minimum is None else minimum
+        self._backoff.pop(want.slot, None)
         self.top_up(want.slot)
         if not self._minimum[want.slot]:
             del self._minimum[want.slot]
@@ -111,9 +120,14 @@ class Lending:
     async def drain(self, timeout_s: float) -> bool:
         """See `SessionPool.drain`."""
         self.stop()
+        shared = self._all_shared()  # none is lent any more, so one that nobody has stays so
         try:
             async with asyncio.timeout(timeout_s):
-                while self.ledger.lent or any(session.in_flight for session in self._all_shared()):
+                while True:
+                    while shared and not shared[-1].in_flight:
+                        shared.pop()
+                    if not shared and not self.ledger.lent:
+                        break
                     self._returned.clear()
                     await self._returned.wait()
         except TimeoutError:
@@ -129,7 +143,7 @@ class Lending:
 
     async def aclose(self) -> None:
         """End what is still under way once all sessions have ended; bounded in time."""
-        under_way: list[asyncio.Task[Any]] = [*self._creators, *self._checks.values()]
+        under_way: list[asyncio.Task[Any]] = [*self._creators, *self._checks.under_way()]
         for task in under_way:
             task.cancel()
         under_way += self._shared.values()
@@ -142,9 +156,13 @@ class Lending:
         slot = want.slot
         if want.affinity is None:
             return self.ledger.acquire(slot)
-        if self.ledger.is_closed:
-            raise PoolFull("the pool is not open")
+        self.ledger.check_open()
         return self._shared_session(slot)
+
+    def _lend(self, session: PooledSession, want: Want) -> None:
+        self._counts.loan(session)
+        if want.affinity is not None:
+            self.ledger.hold(session)
 
     async def _acquire(
         self, want: Want, session: PooledSession | None, timeout_s: float | None, *, sure: bool
@@ -159,7 +177,7 @@ class Lending:
                     if session is None:
                         session = self._take(want) or await self._wait(want)
                     try:
-                        fault = await self._fault(session, want, sure=sure)
+                        fault = await self._checks.fault(session, want, sure=sure)
                     except BaseException:
                         self._drop(want, session, "discarded")
                         raise
@@ -174,7 +192,9 @@ class Lending:
     def _drop(self, want: Want, session: PooledSession, reason: str) -> None:
         if want.affinity is None:
             self.perform(self.ledger.release(session, keep=False, reason=reason))
-        elif reason != "discarded":
+        elif reason == "discarded":
+            self._unused(want.slot)
+        else:
             if self._shared_session(want.slot) is session:
                 del self._shared[want.slot]
             self.perform(self.ledger.close(session, reason))
@@ -182,12 +202,28 @@ class Lending:
     async def _wait(self, want: Want) -> PooledSession:
         if want.affinity is None:
             return await self._queue(want)
-        task = self._shared.get(want.slot)
+        slot = want.slot
+        task = self._shared.get(slot)
+        if task is not None:
+            try:
+                self.ledger.join()
+            except PoolFull as full:
+                raise self._counts.refusal(str(full)) from None
+        joined = task is not None
         if task is None:
             task = asyncio.get_running_loop().create_task(self._open_shared(want), name="leasehold-share")
-            self._shared[want.slot] = task
-            task.add_done_callback(lambda done: self._shared_done(want.slot, done))
-        return await asyncio.shield(task)  # the opening goes on when its first caller is cancelled
+            self._shared[slot] = task
+            task.add_done_callback(lambda done: self._shared_done(slot, done))
+        self._sharers[slot] += 1
+        try:
+            return await asyncio.shield(task)  # the opening goes on when its first caller is cancelled
+        except BaseException:
+            asyncio.get_running_loop().call_soon(self._unused, slot)
+            raise
+        finally:
+            take_one(self._sharers, slot)
+            if joined:
+                self.ledger.part()
 
     async def _open_shared(self, want: Want) -> PooledSession:
         async with asyncio.timeout(self.acquire_timeout_s):
@@ -204,10 +240,18 @@ class Lending:
     def _all_shared(self) -> list[PooledSession]:
         return [session for slot in self._shared if (session := self._shared_session(slot)) is not None]
 
+    def _unused(self, slot: Slot) -> None:
+        """Who was about to have the shared session of a slot has gone: it may be that nobody has it."""
+        session = self._shared_session(slot)
+        if session is not None and not session.in_flight and not self._sharers[slot]:
+            self.perform(self.ledger.spare(session))
+
     def _shared_done(self, slot: Slot, task: asyncio.Task[PooledSession]) -> None:
         failed = task.cancelled() or task.exception() is not None or task.result().is_closed
         if failed and self._shared.get(slot) is task:
             del self._shared[slot]
+        if not failed and not self._sharers[slot]:  # all who wanted it have gone
+            self._unused(slot)
 
     async def _queue(self, want: Want) -> PooledSession:
         self._know(want)
@@ -238,41 +282,8 @@ class Lending:
         """What is known of a slot is of no use once it has no session and nobody waits for one."""
         if not self.ledger.is_used(slot) and slot not in self._minimum:
             self._wants.pop(slot, None)
+            self._backoff.pop(slot, None)
             self.ledger.limits.pop(slot, None)
-
-    async def _fault(self, session: PooledSession, want: Want, *, sure: bool) -> str:
-        """Why a session cannot be lent; "" if it can."""
-        if session.is_closed:
-            return "lost"
-        if session.is_expired and want.affinity is None:
-            return "max_age"
-        if not session.is_due and (session.is_new or not sure):
-            return ""
-        if want.affinity is None:
-            is_well = await self._is_well(session, want)
-        else:
-            is_well = await asyncio.shield(self._shared_check(session, want))
-        return "" if is_well else "lost" if session.is_closed else "unhealthy"
-
-    def _shared_check(self, session: PooledSession, want: Want) -> asyncio.Task[bool]:
-        """One check for all who want the same session now."""
-        task = self._checks.get(session)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._check_shared(session, want), name="leasehold-check")
-            self._checks[session] = task
-            task.add_done_callback(lambda _: self._checks.pop(session))
-        return task
-
-    async def _check_shared(self, session: PooledSession, want: Want) -> bool:
-        try:
-            return await self._is_well(session, want)
-        except asyncio.CancelledError:  # the pool is closing; nobody who waits for this was cancelled
-            return False
-
-    async def _is_well(self, session: PooledSession, want: Want) -> bool:
-        if want.auth is None:
-            return await is_well(session, want.headers)
-        return await is_well(session, want.headers, lambda link: self._authorize(link, want))
 
     # -- creating --------------------------------------------------------------------------------------------------
 
@@ -317,6 +328,7 @@ class Lending:
             failure = error if isinstance(error, PoolError) else OpenFailed(f"cannot open: {type(error).__name__}")
             left = session if session is not None and session.state is not State.CLOSED else None
             self.perform(self.ledger.open_failed(slot, left), failure)
+            self._failed(slot)
             self.forget(slot)
             return
         effects = self.ledger.opened(session, slot)
@@ -344,19 +356,27 @@ class Lending:
             return
         if self._shared_session(slot) is session:
             del self._shared[slot]
+        if session.close_reason in ("lost", "open_failed"):
+            self._failed(slot, session.age_s)
         self.top_up(slot)
         self.forget(slot)
 
     def top_up(self, slot: Slot) -> None:
         """Open what is missing of a slot."""
         minimum = self._minimum.get(slot)
-        if minimum is not None:
+        backoff = self._backoff.get(slot)
+        if minimum is not None and not (backoff is not None and backoff.remaining_s):
             self.perform(self.ledger.top_up(slot, minimum))
 
     def top_up_all(self) -> None:
         """Open what is missing anywhere."""
         for slot in list(self._minimum):
             self.top_up(slot)
+
+    def _failed(self, slot: Slot, lived_s: float = 0.0) -> None:
+        """A session of a slot could not be opened, or was lost: what is kept ready is not opened anew at once."""
+        if slot in self._minimum:
+            self._backoff.setdefault(slot, Backoff()).failed(lived_s)
 
     def is_needed(self, session: PooledSession) -> bool:
         """Whether a session is one of the least number of its slot."""

@@ -18,7 +18,6 @@ from weakref import WeakValueDictionary
 
 from .borrowing import Borrow, BorrowedLink, RawContext, Want
 from .breakers import Breakers
-from .errors import PoolFull
 from .guarded_link import GuardedLink
 from .handshake import initialize_params
 from .ledger import Slot
@@ -78,6 +77,7 @@ class SessionPool:
         self._telling: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._numbers = itertools.count(1)
         self._ledger.is_closed = True  # until it runs
+        self._ledger.has_begun = False
         self._closing = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
@@ -87,6 +87,10 @@ class SessionPool:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __bool__(self) -> bool:
+        """An empty pool is a pool."""
+        return True
+
     @property
     def max_sessions(self) -> int:
         return self._ledger.max_sessions
@@ -94,7 +98,7 @@ class SessionPool:
     def statistics(self) -> PoolStatistics:
         """A snapshot; O(sessions)."""
         return self._counts.statistics(
-            list(self._sessions), self._ledger.places(), self._ledger.waiting, self.breakers.statistics()
+            list(self._sessions), self._ledger.place_of, self._ledger.waiting, self.breakers.statistics()
         )
 
     def session_statistics(self) -> list[SessionStatistics]:
@@ -135,6 +139,7 @@ class SessionPool:
 
     def _begin(self) -> None:
         self._ledger.is_closed = self._closing.is_set()
+        self._ledger.has_begun = True
 
     def close(self) -> None:
         """Have `run()` end every session and return, at the latest after the time a link may take to close."""
@@ -197,8 +202,7 @@ class SessionPool:
         handshake: Handshake | None = None,
     ) -> PooledSession:
         """`open`, without waiting for it. Raises `PoolFull`."""
-        if self._ledger.is_closed:
-            raise PoolFull("the pool is not open")
+        self._ledger.check_open()
         slot = Slot(upstream.name, principal, upstream.identity)
         self._lending.limit(slot, upstream)
         full = None if resume is not None else self._ledger.blocked_by(slot)
@@ -249,7 +253,8 @@ class SessionPool:
         was idle for longer than `health_check_interval` is checked first; to be `sure`, any that is not new.
 
         Raises `PoolTimeout` after `timeout_s` (default: the pool's), `PoolFull` when too many wait already or the pool
-        closes, and what opening one raised. Cancelled at any moment, it leaves nothing behind.
+        closes, RuntimeError before the pool is entered, and what opening one raised. Cancelled at any moment, it leaves
+        nothing behind.
         """
         return await self._lending.acquire(want, timeout_s=timeout_s, sure=sure)
 
@@ -273,8 +278,9 @@ class SessionPool:
 
         `principal` names whom the session belongs to; without it, the `headers` and the `auth` do: they go with every
         call, and may change from one loan to the next where there is a name. `affinity`: share the one session of that
-        name instead of having one alone. Leaving the block on an exception that is no answer of the server
-        (`MCPError`) closes the session. Raises what `acquire` raises.
+        name instead of having one alone; where it has ended, the call that finds out fails, and the next one goes to
+        another. Leaving the block on an exception that is no answer of the server (`MCPError`) closes the session,
+        unless it has an `affinity`: others may use it. Raises what `acquire` raises.
         """
         require_sdk()
         from .typed import Callbacks, TypedContext, capabilities
@@ -300,7 +306,8 @@ class SessionPool:
         affinity: str | None = None,
         timeout_s: float | None = None,
     ) -> AbstractAsyncContextManager[BorrowedLink]:
-        """Borrow a session as its raw face: bytes of JSON-RPC in, bytes out. Any exception closes the session."""
+        """Borrow a session as its raw face: bytes of JSON-RPC in, bytes out. Any exception closes the session,
+        unless it has an `affinity`."""
         return RawContext(
             self._lending,
             Want(upstream, principal=principal, headers=headers_source(headers), auth=auth, affinity=affinity),
@@ -312,7 +319,9 @@ class SessionPool:
     def _make_wanted(self, want: Want) -> PooledSession:
         upstream, principal = want.upstream, want.slot.principal
         shake = self.handshake(upstream, principal, initialize_params(want.capabilities), want.headers, want.auth)
-        return self._make(f"{upstream.name}-{next(self._numbers)}", upstream, principal, handshake=shake)
+        session = self._make(f"{upstream.name}-{next(self._numbers)}", upstream, principal, handshake=shake)
+        session.farewell = lambda link: (self._authorized(link, want), want.headers)
+        return session
 
     def _authorized(self, link: Link, want: Want) -> Link:
         return self._through(link, want.upstream, want.auth)
@@ -348,9 +357,7 @@ class SessionPool:
         session.on_opened = self._counts.resumption if resume is not None else self._counts.opening
         session.on_checked = self._counts.check
         self._sessions.add(session)
-        owner = asyncio.get_running_loop().create_task(
-            session.own(open_link, self._forget), name=f"owner-{key[:8]}"
-        )
+        owner = asyncio.get_running_loop().create_task(session.own(open_link, self._forget), name=f"owner-{key[:8]}")
         self._owners.add(owner)
         owner.add_done_callback(self._owners.discard)
         owner.add_done_callback(lambda _: session.orphaned(self._forget))

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from .clock import monotonic
 from .errors import OpenFailed, PoolError, SessionClosed
+from .farewell import Farewell, as_nobody, end_soon, end_upstream
 from .link import Link, ResumeRecord
 from .upstream import Upstream
 
@@ -137,6 +138,8 @@ class PooledSession:
         """Opened for somebody who has yet to get it."""
         self.telling: AbstractAsyncContextManager[Any] = _AT_ONCE
         """Held while the upstream is told of the end."""
+        self.farewell: Farewell = as_nobody
+        """How the upstream is told of the end."""
         self.safe_tools: set[str] = set()
         """Tools that the server has declared read-only or idempotent, as far as they were listed."""
         self._ids = 0
@@ -172,8 +175,8 @@ class PooledSession:
             return True
 
     @property
-    def is_shared(self) -> bool:
-        """Whether its owner initialized it, for clients that share it; not a client for itself."""
+    def is_pool_initialized(self) -> bool:
+        """Whether its owner initialized it, and not a client for itself."""
         return self._handshake is not None or self.initialize_result is not None
 
     @property
@@ -345,7 +348,8 @@ class PooledSession:
                         await self.face.aclose()
                     if self.close_reason in ENDS_UPSTREAM and not self.keeps_record and not link.is_closed:
                         async with self.telling:
-                            await _end_upstream(link)
+                            tell = end_soon if self.close_reason == "unhealthy" else end_upstream
+                            await tell(link, self.farewell, self.upstream.name)
                 finally:
                     await link.aclose()
         except TimeoutError:
@@ -364,15 +368,3 @@ class PooledSession:
 
     def _step(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]
-
-
-async def _end_upstream(link: Link) -> None:
-    resume = link.resume
-    if resume is None:  # it has no id by which it could be told; a child process ends with its link
-        return
-    version = [(b"mcp-protocol-version", resume.protocol_version.encode())] if resume.protocol_version else []
-    try:
-        reply = await link.delete(version)
-        await reply.chunks.aclose()
-    except PoolError as error:
-        logger.info("upstream_not_told error=%s", type(error).__name__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .breakers import BreakersStatistics
+from .effects import Place
 from .errors import PoolFull
-from .ledger import Place
-from .session import PooledSession
+from .session import PooledSession, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class PoolStatistics:
     """Sessions now, and what happened since start. Times in seconds."""
 
     sessions: int
-    """All that count towards the limits: idle, lent, kept, opening, closing."""
+    """All that have not ended: idle, lent, kept, opening and closing ones together."""
     idle: int
     lent: int
     kept: int
@@ -97,14 +98,19 @@ class Counts:
         return PoolFull(reason)
 
     def statistics(
-        self, sessions: list[PooledSession], places: Counter[Place], waiting: int, breakers: BreakersStatistics
+        self,
+        sessions: list[PooledSession],
+        place_of: Callable[[PooledSession], Place | None],
+        waiting: int,
+        breakers: BreakersStatistics,
     ) -> PoolStatistics:
+        places = Counter(_place(session, place_of(session)) for session in sessions)
         return PoolStatistics(
             sessions=len(sessions),
             idle=places[Place.IDLE],
             lent=places[Place.LENT],
-            kept=places[Place.KEPT],
-            opening=sum(session.is_opening for session in sessions),
+            kept=places[Place.KEPT] + places[Place.SPARE],
+            opening=places[None],
             closing=places[Place.CLOSING],
             in_flight=sum(session.in_flight for session in sessions),
             waiting=waiting,
@@ -121,6 +127,14 @@ class Counts:
             oldest_s=max((session.age_s for session in sessions), default=0.0),
             breakers=breakers,
         )
+
+
+def _place(session: PooledSession, place: Place | None) -> Place | None:
+    """Where a session is; None while it is opened. One that has a key is in the books from the start, and one that is
+    lost before its owner has closed it."""
+    if session.state in (State.CLOSING, State.CLOSED):
+        return Place.CLOSING
+    return None if session.is_opening else place
 
 
 def session_statistics(session: PooledSession) -> SessionStatistics:

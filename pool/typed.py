@@ -106,6 +106,8 @@ class Loan(ClientSession):
         if borrow is None:
             return await super().send_request(request, *args, **kwargs)
         borrow.check()
+        if borrow.is_lost:
+            await self._replace(borrow, borrow.session)
         token = _calling.set(self)
         called = borrow.session
         try:
@@ -168,13 +170,20 @@ class Loan(ClientSession):
             borrow.is_broken = borrow.is_broken and borrow.session is not called
             return
         try:
-            await self.loan_pool.renew(borrow, called)
+            await self._replace(borrow, called)
+        except CallFailed as error:
+            raise (failure if failure.outcome == "unknown" else error) from error.cause
+
+    async def _replace(self, borrow: Borrow, lost: PooledSession) -> None:
+        """Go on with another session. Raises `CallFailed`, and `SessionReleased`."""
+        try:
+            await self.loan_pool.renew(borrow, lost)
             face = await typed_face(borrow.session)
             borrow.check()
         except SessionReleased:
             raise
         except PoolError as error:
-            raise (failure if failure.outcome == "unknown" else CallFailed(error)) from error
+            raise CallFailed(error) from error
         if face is not self.loan_face:  # unless another call of this loan came first
             self.leave()
             self.__dict__.update(copy.copy(face.client).__dict__)

@@ -139,6 +139,8 @@ async def lending(**options: Any) -> AsyncGenerator[LendingPool]:
     left = {name: value for name, value in vars(pool._ledger).items() if name.startswith("_")}
     assert not any(left.values()), left
     assert pool._lending._wants.keys() <= pool._lending._minimum.keys(), "how to open what nobody wants any more"
+    assert pool._ledger.limits.keys() <= pool._lending._minimum.keys(), "limits of what nobody wants any more"
+    assert pool._lending._backoff.keys() <= pool._lending._minimum.keys()
 
 
 async def turns(count: int) -> None:

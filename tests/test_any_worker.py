@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.process, pytest.mark.xdist_group("a
 
 SESSIONS, CALLS = 10, 20
 FEATURES = 11
-SERVERS = pytest.mark.parametrize("server", ["http", "stdio"])
+SERVERS = pytest.mark.parametrize("server", ["http", "sse", "stdio"])
+SSE_SERVER = Path(__file__).parent / "servers" / "counter_sse.py"
 PATIENCE_S = 15.0
 CAPABILITIES = {"sampling": {}, "elicitation": {}, "roots": {}}
 # Who gets which request: the owner has nothing to do with any but the first.
@@ -42,9 +43,16 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 async def fleet(journal: Path) -> AsyncIterator[Fleet]:
     folder = journal.parent
-    with run_example("counter_http.py", folder, "--journal", str(journal)) as upstream:
+    with (
+        run_example("counter_http.py", folder, "--journal", str(journal)) as upstream,
+        run_example(str(SSE_SERVER), folder, "--journal", str(journal)) as sse,
+    ):
         stdio = [str(EXAMPLES / "counter_stdio.py"), "--journal", str(journal)]
-        servers = {"http": {"url": upstream.url}, "stdio": {"command": sys.executable, "args": stdio}}
+        servers = {
+            "http": {"url": upstream.url},
+            "sse": {"type": "sse", "url": sse.url.replace("/mcp", "/sse")},
+            "stdio": {"command": sys.executable, "args": stdio},
+        }
         async with run_fleet(folder, servers) as fleet:
             yield fleet
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from leasehold.pool.effects import Close, Effects, Fail, Grant, Limits, Open, Place, Slot
 from leasehold.pool.errors import PoolFull
-from leasehold.pool.ledger import Close, Effects, Fail, Grant, Ledger, Limits, Open, Place, Slot
+from leasehold.pool.ledger import Ledger
 
 Books = Ledger[int, str]
 
@@ -53,7 +54,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.books: Books = Ledger(max_sessions=MAX_SESSIONS, max_waiting=MAX_WAITING)
-        self.books.limits.update(LIMITS)
+        self.books.limits.update({slot: LIMITS[slot.upstream] for slot in SLOTS})
         self.held: dict[int, Held] = {}
         self.waiting: dict[str, Slot] = {}
         self.opening: list[Slot] = []
@@ -89,10 +90,15 @@ class LedgerMachine(RuleBasedStateMachine):
         return not self.full_for(slot)
 
     def in_the_way_of(self, slot: Slot) -> list[int]:
-        """Idle sessions that every limit which forbids another one counts: the longest idle one first."""
+        """Idle sessions that every limit which forbids another one counts: the longest idle one first. After them those
+        that are shared and that nobody has."""
         full = self.full_for(slot)
-        found = [session for session in self.of(Place.IDLE) if all(self.held[session].slot in one for one in full)]
-        return sorted(found, key=lambda session: self.held[session].idle_since)
+        found = [
+            session
+            for session in self.of(Place.IDLE, Place.SPARE)
+            if all(self.held[session].slot in one for one in full)
+        ]
+        return sorted(found, key=lambda one: (self.held[one].place is Place.SPARE, self.held[one].idle_since))
 
     def apply(self, effects: Effects[int, str], room_for: Slot | None = None) -> None:
         """Note what the books have decided, and that each decision was right. Evicted is for those who wait, or for
@@ -119,7 +125,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     if reason == "evicted":
                         wanting = self.waiting.values() if room_for is None else [room_for]
                         assert session in [next(iter(self.in_the_way_of(slot)), None) for slot in wanting]
-                    held.makes_room = reason == "evicted" and held.place is Place.IDLE
+                    held.makes_room = reason == "evicted" and held.place in (Place.IDLE, Place.SPARE)
                     held.place = Place.CLOSING
 
     def tell(self, waiter: str) -> None:
@@ -271,9 +277,39 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.held[session].place is Place.LENT:
             self.held[session].place = Place.KEPT
 
+    @precondition(lambda self: self.of(Place.KEPT, Place.LENT))
+    @rule(pick=picks)
+    def spare(self, pick: int) -> None:
+        """B2: nobody has a shared session any more."""
+        some = self.of(Place.KEPT, Place.LENT)
+        session = some[pick % len(some)]
+        is_kept = self.held[session].place is Place.KEPT
+        if is_kept:
+            self.held[session].place, self.held[session].idle_since = Place.SPARE, self.new()
+        effects = self.books.spare(session)
+        assert is_kept or not effects
+        self.apply(effects)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=picks)
+    def hold(self, pick: int) -> None:
+        session = list(self.held)[pick % len(self.held)]
+        self.books.hold(session)
+        if self.held[session].place is Place.SPARE:
+            self.held[session].place = Place.KEPT
+
     @rule(slot=slots)
     def make_room(self, slot: Slot) -> None:
-        victims = self.in_the_way_of(slot)
+        """Only if one will do."""
+        counts, limits = self.counts(), LIMITS[slot.upstream]
+        upstream = sum(n for one, n in counts.items() if one.upstream == slot.upstream)
+        principal = sum(n for one, n in counts.items() if one[:2] == slot[:2])
+        over = max(
+            counts.total() - self.books.max_sessions,
+            upstream - limits.sessions,
+            0 if limits.per_principal is None else principal - limits.per_principal,
+        )
+        victims = [] if over > 0 else self.in_the_way_of(slot)
         effects = self.books.make_room(slot)
         assert effects == [Close(victim, "evicted") for victim in victims[:1]]
         self.apply(effects, slot)
@@ -287,7 +323,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pick=picks, reason=st.sampled_from(["idle", "max_age", "evicted by hand"]))
     def close(self, pick: int, reason: str) -> None:
         session = list(self.held)[pick % len(self.held)]
-        closes = self.held[session].place in (Place.IDLE, Place.KEPT)
+        closes = self.held[session].place in (Place.IDLE, Place.KEPT, Place.SPARE)
         effects = self.books.close(session, reason)
         assert effects == ([Close(session, reason)] if closes else [])
         self.apply(effects)
@@ -400,7 +436,9 @@ TestLedger = LedgerMachine.TestCase
 def test_an_event_costs_little_however_many_wait_and_are_idle() -> None:
     """B44: a thousand principals wait for an upstream that is full, while nine thousand sessions of others are idle."""
     books: Books = Ledger(max_sessions=20_000, max_waiting=2_000)
-    books.limits.update({"busy": Limits(1), "idle": Limits(10_000)})
+    for principal in ("holder", *map(str, range(9_000))):
+        books.limits[Slot("busy", principal)] = Limits(1)
+        books.limits[Slot("idle", principal)] = Limits(10_000)
     for session in range(9_000):
         books.top_up(Slot("idle", str(session)), 1)
         books.opened(session, Slot("idle", str(session)))

@@ -251,7 +251,7 @@ async def test_a_drain_waits_for_what_is_lent_and_refuses_the_rest() -> None:
         with pytest.raises(PoolFull, match="closing"):
             await waiter
         for want in (ANY, THE_ONE, Want(FILES, affinity="x")):
-            with pytest.raises(PoolFull, match="not open"):
+            with pytest.raises(PoolFull, match="closing"):
                 await pool.acquire(want)
         assert pool.statistics().idle == 0
         held.release()

@@ -142,8 +142,8 @@ async def test_principals_that_have_gone_leave_no_trace() -> None:
             session = await pool.open("key", FILES, f"principal {i}")
             session.close("client")
             await session.wait_ended()
-        assert not pool._ledger._per_principal
-        assert not pool._ledger._per_upstream
+        assert not pool._ledger._tally
+        assert not pool._ledger.limits
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ async def test_a_command_that_cannot_be_started_is_an_open_failed() -> None:
 
 async def test_a_pool_that_does_not_run_opens_nothing() -> None:
     pool = FakePool()
-    with pytest.raises(PoolFull):
+    with pytest.raises(RuntimeError, match="inside `async with`"):
         await pool.open("key", FILES, "alice")
     async with running(pool):
         await pool.open("key", FILES, "alice")

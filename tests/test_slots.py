@@ -9,7 +9,7 @@ import pytest
 from leasehold.pool import SessionClosed, Upstream
 from leasehold.pool.borrowing import Want
 from leasehold.pool.link import own_headers
-from lending_pool import ANY, FILES, ONE, TARGET, at_rest, lending
+from lending_pool import FILES, ONE, TARGET, lending
 
 pytestmark = pytest.mark.anyio
 
@@ -55,15 +55,6 @@ async def test_principals_credentials_upstreams_and_capabilities_never_share_a_s
             borrow = await pool.acquire(want)
             assert id(borrow.session) == session, "the same caller gets his own again"
             borrow.release()
-
-
-async def test_two_upstreams_of_one_name_are_refused() -> None:
-    """B17: the name is what limits and sessions are kept by."""
-    async with lending() as pool:
-        (await pool.acquire(ANY)).release()
-        with pytest.raises(ValueError, match="one upstream of the name 'files', got two that differ"):
-            await pool.acquire(Want(replace(FILES, call_timeout_s=1.0), principal="alice"))
-        await at_rest(pool)
 
 
 async def test_a_session_is_opened_with_the_headers_of_who_wanted_it_last() -> None:

@@ -225,19 +225,22 @@ async def test_a_session_that_was_forgotten_in_the_middle_of_a_loan_is_told(talk
 
 
 @on_both_http
-async def test_a_shared_session_that_was_forgotten_is_replaced_with_the_next_loan(talker: Talker) -> None:
-    """B7"""
+async def test_a_shared_session_that_was_forgotten_is_replaced_with_the_next_call(talker: Talker) -> None:
+    """B7: every holder's call that finds out fails, and his next one does not."""
     async with SessionPool() as pool:
         async with pool.session(talker.upstream(), affinity="x") as session:
-            assert text(await session.call_tool("increment")) == "1"
-            talker.forget_all()
-            for _ in range(2):
+            async with pool.session(talker.upstream(), affinity="x") as other:
+                assert text(await session.call_tool("increment")) == "1"
+                talker.forget_all()
                 with pytest.raises(CallFailed, match="Connection closed"):
                     await session.call_tool("increment")
-            async with pool.session(talker.upstream(), affinity="x") as fresh:
-                assert text(await fresh.call_tool("increment")) == "1"
+                results = await asyncio.gather(*(session.call_tool("increment") for _ in range(3)))
+                assert sorted(text(result) for result in results) == ["1", "2", "3"]
+                with pytest.raises(CallFailed, match="Connection closed"):
+                    await other.call_tool("increment")
+                assert text(await other.call_tool("increment")) == "4"
         async with pool.session(talker.upstream(), affinity="x") as session:
-            assert text(await session.call_tool("increment")) == "2"
+            assert text(await session.call_tool("increment")) == "5"
         assert pool.statistics().opened == 2
 
 

@@ -31,6 +31,8 @@ class Upstream:
     cookies: list[str] = field(default_factory=list)
     authorizations: list[str] = field(default_factory=list)
     """Of every request of a session, in order; "" for one without."""
+    methods: list[str] = field(default_factory=list)
+    """What it was asked, and told."""
 
     async def serve(self, request: web.Request) -> web.Response:
         session = request.headers.get("mcp-session-id", "")
@@ -39,6 +41,7 @@ class Upstream:
             self.counts.pop(session, None)
             return web.Response()
         message = orjson.loads(await request.read())
+        self.methods.append(message["method"])
         if message["method"] == "initialize":
             session = f"upstream-{len(self.counts)}-{id(self)}"
             self.counts[session] = 0

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any, Final
 
 from ..pool.errors import CircuitOpen, Outcome, PoolError
+from ..pool.handshake import HANDSHAKE_VERSIONS as HANDSHAKE_VERSIONS
 from ..pool.jsonrpc import (
     INTERNAL_ERROR,
     INVALID_REQUEST,
@@ -21,7 +22,6 @@ from .asgi import Headers, Send, respond
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
 RETRY_AFTER_S: Final = 1
 
-HANDSHAKE_VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 STATELESS_VERSIONS: Final = ("2026-07-28",)
 
 

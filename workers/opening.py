@@ -8,11 +8,12 @@ is left: no session here, no record, and the upstream is told.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, suppress
-from typing import Any, Final
+from contextlib import aclosing
+from typing import Any
 
 from ..coordinator import Unavailable, session_key
 from ..pool import CircuitOpen, Fenced, HttpTarget, Link, Message, PoolError, PoolFull, Upstream, UpstreamLost, parse
+from ..pool.calls import let_end
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.link import Reply
 from ..pool.sse import EventSplitter
@@ -21,9 +22,6 @@ from .asgi import Headers, Receive, Send, has_left, is_event_stream, respond, un
 from .errors import Disconnected
 from .identity import Caller, Identity
 from .sessions import Owned, Sessions
-
-LAST_EVENT_S: Final = 0.05
-"""How long an event stream that has answered `initialize` may take to end, so that its connection can be used again."""
 
 
 class Opening:
@@ -125,11 +123,7 @@ class Opening:
                     for data in splitter.feed(chunk):
                         answered = answered or _answer_in(data, message)
                     if answered is not None:
-                        # The stream should end now. If it does not, nothing more is waited for.
-                        with suppress(TimeoutError, PoolError):
-                            async with asyncio.timeout(LAST_EVENT_S):
-                                async for _ in chunks:
-                                    pass
+                        await let_end(chunks)
                         break
         if not is_stream:
             answered = _answer_in(bytes(answer), message)

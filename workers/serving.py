@@ -27,7 +27,7 @@ class Serving:
         """Run a call on a session owned here. Raises `NotRun`, `Refused`, `Disconnected`, `BrokenOff`."""
         headers = call.scope["headers"]
         with owned.session as session:
-            if session.is_shared:
+            if session.is_pool_initialized:
                 await self._serve_shared(owned, call, receive, send)
                 return
             try:
@@ -47,7 +47,7 @@ class Serving:
 
     async def _serve_shared(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
         session = owned.session
-        if session.is_opening:
+        if session.is_opening or session.is_closed:  # opening may have failed before anybody could wait for it
             try:
                 await self._sessions.opened(owned)
             except PoolError as error:

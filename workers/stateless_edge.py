@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 
 import orjson
 
+from .. import __version__
 from ..pool import Message, Upstream
 from ..pool.handshake import NEWEST_VERSION
 from ..pool.jsonrpc import INVALID_REQUEST, RequestId
@@ -103,7 +104,7 @@ class StatelessEdge:
 _INITIALIZE: Final[dict[str, Any]] = {
     "protocolVersion": NEWEST_VERSION,
     "capabilities": {},
-    "clientInfo": {"name": "leasehold", "version": "0"},
+    "clientInfo": {"name": "leasehold", "version": __version__},
 }
 
 
