@@ -61,16 +61,19 @@ class Server:
         if self.failure is not None:
             raise self.failure
         payload = orjson.dumps({"jsonrpc": "2.0", "id": message.id, **self.payload})
-        return Reply(self.status, [(b"content-type", b"application/json")], self._chunks(payload))
+        return Reply(self.status, [(b"content-type", b"application/json")], _chunks(payload, self.pieces))
 
-    async def _chunks(self, payload: bytes) -> AsyncGenerator[bytes, None]:
-        if self.pieces is None:
-            yield payload
-            return
-        while (piece := await self.pieces.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+
+async def _chunks(
+    payload: bytes, pieces: asyncio.Queue[bytes | Exception | None] | None
+) -> AsyncGenerator[bytes, None]:
+    if pieces is None:
+        yield payload
+        return
+    while (piece := await pieces.get()) is not None:
+        if isinstance(piece, Exception):
+            raise piece
+        yield piece
 
 
 async def opened(pool: LendingPool, server: Server) -> PooledSession:

@@ -18,6 +18,8 @@ sys.path.append(str(ROOT / "bench"))
 
 from child import Child
 
+sys.path.pop()  # a bench has the name of a package
+
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
 IN_FLIGHT = 32
