@@ -86,7 +86,7 @@ def test_the_pool_alone_shares_few_sessions_among_many_tasks_and_says_what_it_co
     assert "a fresh session: it counted 1" in said
     counted = dict(re.findall(r"^  (\w+) +(\S.*)$", said, re.MULTILINE))
     assert counted["lent"] == counted["in_flight"] == counted["waiting"] == "0", "all that was lent came back"
-    assert counted["closed"] == "{'discarded': 1}"
+    assert counted["closed"] == "{'lost': 1}"
     assert counted["sessions"] == str(int(counted["opened"]) - 1)
 
 
