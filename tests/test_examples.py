@@ -65,7 +65,7 @@ def check_keys(redis_url: str, sessions: int, killed: int = 0) -> None:
         names = [name.decode() for name in client.scan_iter()]
         assert [name for name in names if client.pttl(name) <= 0] == []
         kinds = Counter(re.sub(r"leasehold:\{(\w):\w+\}:?(box|\w*).*", r"\1 \2", name) for name in names)
-        assert set(kinds) <= {"s ", "w ended", "w box"}
+        assert set(kinds) <= {"s ", "w ended", "w box", "leasehold:circuits"}
         assert kinds["s "] <= sessions
         assert kinds["w box"] <= killed
 

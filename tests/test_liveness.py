@@ -1,5 +1,5 @@
 """What is known of a session's health: from the calls of those who share it, and from the check where they told
-nothing for long."""
+nothing for long; and openings that come to no end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from leasehold.pool import (
     CallTimeout,
     CircuitOpen,
     Fenced,
+    HttpTarget,
     Message,
     OpenFailed,
     PooledSession,
     PoolError,
     Reply,
+    SessionPool,
+    Upstream,
     UpstreamLost,
+    Want,
 )
+from leasehold.pool import openers as openers_module
 from leasehold.pool import session as session_module
 from leasehold.pool.calls import JSON_HEADERS, request
 from leasehold.pool.link import Headers, own_headers
 from leasehold.pool.liveness import HeardLink, is_well
 from lending_pool import ONE, SHARED, LendingPool, TalkingLink, lending
+from raw_http import Request
+from raw_http import Server as RawServer
 
 pytestmark = pytest.mark.anyio
 
@@ -255,3 +262,33 @@ async def test_an_answer_that_nobody_reads_leaves_no_call_behind(server: Server)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         assert session.calls == 0
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+async def test_b16_a_handshake_that_gets_no_answer_is_given_up_in_time_and_counts_as_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B9, B16: also where calls have much more time; and the caller's own call was not run."""
+    monkeypatch.setattr(openers_module, "HANDSHAKE_TIMEOUT_S", 0.05)
+
+    async def silent(_request: Request) -> None:
+        await asyncio.Event().wait()
+
+    async with RawServer(silent) as listener, SessionPool() as pool:
+        upstream = Upstream("silent", HttpTarget(listener.url))
+        with pytest.raises(OpenFailed, match=r"did not answer the handshake within 0\.05 s") as caught:
+            await pool.acquire(Want(upstream))
+        assert caught.value.outcome == "not_run"
+        (breaker,) = pool.breakers.statistics().upstreams.values()
+        assert breaker.failures == 1
+
+
+async def test_b9_an_opening_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B9: wherever it hangs."""
+    monkeypatch.setattr(session_module, "OPEN_TIMEOUT_S", 0.05)
+    async with lending() as pool:
+        pool.may_open.clear()
+        with pytest.raises(OpenFailed, match=r"not open within 0\.05 s"):
+            await pool.acquire(SHARED)

@@ -317,6 +317,14 @@ async def test_a_silent_request_times_out_and_the_session_stays_usable(open_link
     assert link.statistics().streams.late_responses == 1
 
 
+async def test_a_process_that_has_just_begun_has_longer_than_a_call_to_answer_initialize(open_link: Opener) -> None:
+    """However little time calls have: it may have much to load."""
+    link = await open_link(call_timeout=0.001)
+    await call(link, "initialize")
+    with pytest.raises(CallTimeout):
+        await post(link, request("hold", 1, name="a"))
+
+
 async def test_an_event_stream_that_falls_silent_times_out(open_link: Opener) -> None:
     link = await open_link(call_timeout=0.2)
     line = '{"jsonrpc":"2.0","method":"notifications/a"}'
