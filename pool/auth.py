@@ -18,7 +18,7 @@ from .auth_client import AuthClients, failure
 from .clock import monotonic
 from .errors import AuthFailed, ConfigError, PoolError
 from .jsonrpc import Message
-from .link import RESERVED_HEADERS, Headers, Link, OwnName, Reply, ResumeRecord, own_header
+from .link import RESERVED_HEADERS, Headers, Link, LinkWrapper, OwnName, Reply, own_header
 from .sdk_auth import Unlocked, is_from_sdk
 from .upstream import StdioTarget, Upstream
 
@@ -56,7 +56,7 @@ def authorization(upstream: Upstream) -> httpx2.Auth | None:
     return client_credentials(oauth, target.url)
 
 
-class AuthorizedLink:
+class AuthorizedLink(LinkWrapper):
     """A link whose requests an `httpx2.Auth` authorizes; cheap enough to be made for one call.
 
     Any number of links and calls may share one `auth`. The flow learns of an answer as soon as its status is known. Of
@@ -65,42 +65,22 @@ class AuthorizedLink:
 
     def __init__(self, link: Link, url: str, auth: httpx2.Auth, clients: AuthClients) -> None:
         """`url`: the upstream's, as it is configured."""
-        self._link = link
+        super().__init__(link)
         self._url = httpx2.URL(url)
         self._auth = Unlocked(auth) if is_from_sdk(auth) else auth
         self._clients = clients
 
-    def __repr__(self) -> str:
-        return f"<AuthorizedLink {self._link!r}>"
-
-    @property
-    def is_closed(self) -> bool:
-        return self._link.is_closed
-
-    @property
-    def resume(self) -> ResumeRecord | None:
-        return self._link.resume
-
-    def negotiated(self, protocol_version: str) -> None:
-        self._link.negotiated(protocol_version)
-
-    async def wait_closed(self) -> None:
-        await self._link.wait_closed()
-
-    async def aclose(self) -> None:
-        await self._link.aclose()
-
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         """As `Link.post`; besides, raises `AuthFailed`: the call was not run."""
-        return await self._authorized("POST", body, headers, lambda changed: self._link.post(message, body, changed))
+        return await self._authorized("POST", body, headers, lambda changed: self.inner.post(message, body, changed))
 
     async def get(self, headers: Headers) -> Reply:
         """As `Link.get`; besides, raises `AuthFailed`."""
-        return await self._authorized("GET", b"", headers, self._link.get)
+        return await self._authorized("GET", b"", headers, self.inner.get)
 
     async def delete(self, headers: Headers) -> Reply:
         """As `Link.delete`; besides, raises `AuthFailed`."""
-        return await self._authorized("DELETE", b"", headers, self._link.delete)
+        return await self._authorized("DELETE", b"", headers, self.inner.delete)
 
     async def _authorized(
         self, method: str, body: bytes, headers: Headers, send: Callable[[Headers], Awaitable[Reply]]

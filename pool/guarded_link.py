@@ -6,35 +6,21 @@ from .breaker import TRANSPORT_FAILURES
 from .breakers import Breakers
 from .errors import CallTimeout
 from .jsonrpc import Message
-from .link import Headers, Link, Reply, ResumeRecord
+from .link import Headers, Link, LinkWrapper, Reply
 
 
-class GuardedLink:
+class GuardedLink(LinkWrapper):
     """A `Link` whose requests are not made while the circuit is open: they raise `CircuitOpen`, and did not run."""
 
-    __slots__ = ("_breakers", "_event", "_upstream", "inner")
+    __slots__ = ("_breakers", "_event", "_upstream")
 
     def __init__(self, inner: Link, breakers: Breakers, upstream: str, *, event: int | None = None) -> None:
         """`event`: a number of its own, for a process or stream that ends under all of its calls at once: that counts
         as one failure."""
-        self.inner = inner
+        super().__init__(inner)
         self._event = event
         self._breakers = breakers
         self._upstream = upstream
-
-    def __repr__(self) -> str:
-        return f"<GuardedLink of {self.inner!r}>"
-
-    @property
-    def is_closed(self) -> bool:
-        return self.inner.is_closed
-
-    @property
-    def resume(self) -> ResumeRecord | None:
-        return self.inner.resume
-
-    def negotiated(self, protocol_version: str) -> None:
-        self.inner.negotiated(protocol_version)
 
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         permit = await self._breakers.admit(self._upstream)
@@ -60,12 +46,3 @@ class GuardedLink:
         permit = await self._breakers.admit(self._upstream)
         with permit:
             return await self.inner.get(headers)
-
-    async def delete(self, headers: Headers) -> Reply:
-        return await self.inner.delete(headers)
-
-    async def wait_closed(self) -> None:
-        await self.inner.wait_closed()
-
-    async def aclose(self) -> None:
-        await self.inner.aclose()

@@ -150,3 +150,41 @@ class Link(Protocol):
         continue the session, they go on to their answers.
         """
         ...
+
+
+class LinkWrapper:
+    """A `Link` that passes everything on to another; the base of those that do something besides."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Link) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.inner!r}>"
+
+    @property
+    def is_closed(self) -> bool:
+        return self.inner.is_closed
+
+    @property
+    def resume(self) -> ResumeRecord | None:
+        return self.inner.resume
+
+    def negotiated(self, protocol_version: str) -> None:
+        self.inner.negotiated(protocol_version)
+
+    async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
+        return await self.inner.post(message, body, headers)
+
+    async def get(self, headers: Headers) -> Reply:
+        return await self.inner.get(headers)
+
+    async def delete(self, headers: Headers) -> Reply:
+        return await self.inner.delete(headers)
+
+    async def wait_closed(self) -> None:
+        await self.inner.wait_closed()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()

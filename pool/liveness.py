@@ -14,7 +14,7 @@ from .errors import AuthFailed, CallTimeout, CircuitOpen, Fenced, UpstreamRefuse
 from .handshake import session_headers
 from .health import check
 from .jsonrpc import Message
-from .link import Headers, Link, Reply, ResumeRecord
+from .link import Headers, Link, LinkWrapper, Reply
 from .session import PooledSession
 
 logger = logging.getLogger("leasehold.pool")
@@ -63,38 +63,24 @@ async def is_well(
     return not session.is_closed
 
 
-class HeardLink:
+class HeardLink(LinkWrapper):
     """The link of a session that is shared, as its holders use it: the session notes what is heard, and what is
     not."""
 
-    __slots__ = ("_link", "_session")
+    __slots__ = ("_session",)
 
-    def __init__(self, link: Link, session: PooledSession) -> None:
-        self._link = link
+    def __init__(self, inner: Link, session: PooledSession) -> None:
+        super().__init__(inner)
         self._session = session
-
-    def __repr__(self) -> str:
-        return f"<HeardLink of {self._link!r}>"
-
-    @property
-    def is_closed(self) -> bool:
-        return self._link.is_closed
-
-    @property
-    def resume(self) -> ResumeRecord | None:
-        return self._link.resume
-
-    def negotiated(self, protocol_version: str) -> None:
-        self._link.negotiated(protocol_version)
 
     async def post(self, message: Message, body: bytes, headers: Headers) -> Reply:
         """As `Link.post`."""
         if message.kind != "request":
-            return await self._link.post(message, body, headers)
+            return await self.inner.post(message, body, headers)
         session = self._session
         session.calls += 1
         try:
-            reply = await self._link.post(message, body, headers)
+            reply = await self.inner.post(message, body, headers)
         except BaseException as error:
             session.calls -= 1
             session.is_doubted = session.is_doubted or isinstance(error, CallTimeout)
@@ -102,18 +88,6 @@ class HeardLink:
         chunks = self._chunks(reply)
         await anext(chunks)  # a generator that never began runs no clean-up when it is closed
         return Reply(reply.status, reply.headers, chunks)
-
-    async def get(self, headers: Headers) -> Reply:
-        return await self._link.get(headers)
-
-    async def delete(self, headers: Headers) -> Reply:
-        return await self._link.delete(headers)
-
-    async def wait_closed(self) -> None:
-        await self._link.wait_closed()
-
-    async def aclose(self) -> None:
-        await self._link.aclose()
 
     async def _chunks(self, reply: Reply) -> AsyncGenerator[bytes, None]:
         session = self._session

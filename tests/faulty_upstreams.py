@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class Seen:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Face:
+class Face(ABC):
     """One way to call an upstream."""
 
     def __init__(self, name: str) -> None:
@@ -162,11 +163,13 @@ class Face:
         assert seen.text.strip(), "B54: an error says something"
         return seen
 
+    @abstractmethod
     async def ask(self, tool: str, arguments: dict[str, Any]) -> Seen:
-        raise NotImplementedError
+        """As `call`, without the time."""
 
     async def begin(self) -> Seen | None:
         """Have a session, where calls do not see to that."""
+        return None
 
 
 class Library(Face):

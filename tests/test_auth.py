@@ -426,7 +426,7 @@ class TestWhatAFlowSees:
             link = links.to(server, Renewing(SECRET))
             assert not link.is_closed
             assert link.resume is None
-            assert repr(link) == "<AuthorizedLink <HttpLink open streams=0>>"
+            assert repr(link) == "<AuthorizedLink of <HttpLink open streams=0>>"
             link.negotiated("2025-11-25")
             await link.aclose()
             await link.wait_closed()

@@ -211,14 +211,17 @@ async def test_b23_a_session_is_of_no_use_after_its_block(redis_url: str, server
 
 async def test_b3_a_fleet_that_is_cancelled_while_it_joins_leaves_nothing() -> None:
     """The runner of these tests fails one that leaves a task behind."""
-    fleet = Fleet("redis://127.0.0.1:1", config={"mcpServers": {"a": {"url": "http://127.0.0.1:1/mcp"}}}, secret=SECRET)
-    joining = asyncio.create_task(fleet.__aenter__())
-    await asyncio.sleep(0.2)
-    joining.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await joining
-    with pytest.raises(RuntimeError, match="async with"):
-        fleet.core  # noqa: B018
+    config = {"mcpServers": {"a": {"url": "http://127.0.0.1:1/mcp"}}}
+    for turns in (*range(12), 50, 200):
+        fleet = Fleet("redis://127.0.0.1:1", config=config, secret=SECRET)
+        joining = asyncio.create_task(fleet.__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        joining.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await joining
+        with pytest.raises(RuntimeError, match="async with"):
+            fleet.core  # noqa: B018
 
 
 async def test_b45_a_member_whose_background_work_fails_says_so_and_ends_cleanly(redis_url: str) -> None:

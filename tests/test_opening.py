@@ -14,9 +14,11 @@ from leasehold.coordinator import Keyring, Unavailable, session_key
 from leasehold.pool import Message, PooledSession, Reply, StdioTarget, Upstream, parse
 from leasehold.pool.link import Headers
 from leasehold.workers.answers import Refused
+from leasehold.workers.asgi import Scope
 from leasehold.workers.errors import Disconnected
 from leasehold.workers.identity import Caller, Identity
 from leasehold.workers.opening import Opening
+from leasehold.workers.request import Request
 from leasehold.workers.sessions import Owned
 
 pytestmark = pytest.mark.anyio
@@ -106,9 +108,10 @@ async def sessions() -> FakeSessions:
 
 def begin(sessions: FakeSessions, client: Client) -> asyncio.Task[None]:
     opening = Opening(sessions, Identity(Keyring.random()), max_body_bytes=10_000)  # type: ignore[arg-type]
-    return asyncio.create_task(
-        opening.open(UPSTREAM, CALLER, parse(INITIALIZE), INITIALIZE, [], client.receive, client.send), name="request"
-    )
+    message = parse(INITIALIZE)
+    scope: Scope = {"type": "http", "method": "POST", "headers": []}
+    request = Request(UPSTREAM, CALLER, None, message, INITIALIZE, scope, client.receive)
+    return asyncio.create_task(opening.open(request, message, client.send), name="request")
 
 
 async def ended(sessions: FakeSessions) -> None:

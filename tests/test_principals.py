@@ -17,6 +17,7 @@ import jwt
 import pytest
 import redis.asyncio
 import whole_workers
+from faults import eventually
 from fleet import run_example, run_gateway, write_config
 from issuer import AUDIENCE, DAY_S, ISSUER, SECRET, claims, forged, issuer, jwk, pem, rsa_key, token
 from leasehold.coordinator import Keyring
@@ -101,6 +102,19 @@ class TestRotation:
             client.worker, client.headers = other, said(kind, "alice", "second")
             assert (await client.send("DELETE"))[0] == 200
             assert len(upstream.deleted) == 1
+
+    @each_kind
+    async def test_b18_the_upstream_is_told_of_the_end_of_an_idle_session_with_its_client_s_last_token(
+        self, redis_url: str, kind: str, environ: dict[str, str]
+    ) -> None:
+        """B18, B11: without one it would refuse, and keep the session."""
+        async with fleet(redis_url, environ, idle_ttl=0.1) as (upstream, (owner, other)):
+            client = Client(owner, headers=said(kind, "alice", "first"))
+            await client.initialize()
+            client.worker, client.headers = other, said(kind, "alice", "second")
+            await client.count()
+            await eventually(lambda: bool(upstream.farewells))
+            assert upstream.farewells == [authorization(client.headers)]
 
     @each_kind
     async def test_b18_a_session_goes_on_with_a_new_token_after_its_owner_has_stopped(

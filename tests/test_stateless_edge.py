@@ -24,6 +24,7 @@ from leasehold.workers.bridged_answer import BridgedAnswer
 from leasehold.workers.envelope import CLIENT_CAPABILITIES_KEY, LOG_LEVEL_KEY, NAMED_BY, PROTOCOL_VERSION_KEY
 from leasehold.workers.errors import BrokenOff, Disconnected, NotRun
 from leasehold.workers.identity import Caller
+from leasehold.workers.request import Request
 from leasehold.workers.stateless_edge import StatelessEdge
 
 pytestmark = pytest.mark.anyio
@@ -285,12 +286,12 @@ class Sessions:
     asked: list[tuple[str, Message]] = field(default_factory=list)
     scopes: list[Any] = field(default_factory=list)
 
-    async def ask(
-        self, upstream: Upstream, caller: Caller, asked: Message, body: bytes, scope: Any, receive: Any, send: Any
-    ) -> None:
-        assert orjson.loads(body) == asked.payload
-        self.asked.append((caller.principal, asked))
-        self.scopes.append(scope)
+    async def ask(self, request: Request, send: Any) -> None:
+        asked = request.message
+        assert asked is not None
+        assert orjson.loads(request.body) == asked.payload
+        self.asked.append((request.caller.principal, asked))
+        self.scopes.append(request.scope)
         if self.play is not None and not str(asked.id).startswith("leasehold-") and asked.kind == "request":
             await self.play(asked, send)
             return
@@ -316,6 +317,16 @@ def headers_of(asked: Message, *more: tuple[bytes, bytes]) -> list[tuple[bytes, 
     return [*found, *more]
 
 
+def method_of(request: Request) -> str | None:
+    assert request.message is not None
+    return request.message.method
+
+
+def id_of(request: Request) -> Any:
+    assert request.message is not None
+    return request.message.id
+
+
 async def never() -> Any:
     await asyncio.get_running_loop().create_future()
 
@@ -330,7 +341,7 @@ async def serve(
 ) -> Client:
     client = Client()
     scope = {"type": "http", "method": method, "headers": headers_of(asked, *more) if asked else list(more)}
-    await edge.serve(UPSTREAM, caller, asked, scope, receive, client.send)
+    await edge.serve(Request(UPSTREAM, caller, VERSION, asked, b"", scope, receive), client.send)
     assert client.is_whole
     return client
 
@@ -379,8 +390,9 @@ class TestEdge:
             assert (refusal.value.status, refusal.value.id) == (503, 7)
             assert refusal.value.data == {"outcome": "not_run"}, "whatever became of what was asked before it"
 
-        async def failing(_u: Any, _c: Any, asked: Message, *rest: Any) -> None:
-            await put(rest[-1], 200, [JSON], error_body(-32000, "died", id=asked.id, data={"outcome": "not_run"}))
+        async def failing(request: Request, send: Any) -> None:
+            died = error_body(-32000, "died", id=id_of(request), data={"outcome": "not_run"})
+            await put(send, 200, [JSON], died)
 
         client = await serve(StatelessEdge(failing), message("server/discover"))
         assert (client.answer["id"], client.answer["error"]["data"]) == (7, {"outcome": "not_run"})
@@ -400,8 +412,9 @@ class TestEdge:
         sessions = Sessions()
         edge = StatelessEdge(sessions.ask)
         for asked in (message("subscriptions/listen"), message("ping"), message(params={"name": 5})):
+            request = Request(UPSTREAM, ALICE, VERSION, asked, b"", {"headers": []}, never)
             with pytest.raises(Refused):
-                await edge.serve(UPSTREAM, ALICE, asked, {"headers": []}, never, Client().send)
+                await edge.serve(request, Client().send)
         assert sessions.asked == []
 
     async def test_a_request_that_is_nested_too_deep_is_refused(self) -> None:
@@ -544,14 +557,14 @@ class TestLeaving:
 
         sessions = Sessions()
 
-        async def ask(upstream: Upstream, caller: Caller, asked: Message, *rest: Any) -> None:
-            if asked.method != "tools/call":
-                await sessions.ask(upstream, caller, asked, *rest)
+        async def ask(request: Request, send: Any) -> None:
+            if method_of(request) != "tools/call":
+                await sessions.ask(request, send)
                 return
-            sessions.scopes.append(rest[1])
+            sessions.scopes.append(request.scope)
             left.set()
             for _ in range(3):
-                assert (await rest[2]())["type"] == "http.disconnect"
+                assert (await request.receive())["type"] == "http.disconnect"
             raise Disconnected
 
         with pytest.raises(Disconnected):
@@ -567,10 +580,10 @@ class TestLeaving:
 
         sessions = Sessions()
 
-        async def ask(upstream: Upstream, caller: Caller, asked: Message, *rest: Any) -> None:
-            await sessions.ask(upstream, caller, asked, *rest)
-            if asked.method == "tools/call":
-                await rest[2]()
+        async def ask(request: Request, send: Any) -> None:
+            await sessions.ask(request, send)
+            if method_of(request) == "tools/call":
+                await request.receive()
 
         await serve(StatelessEdge(ask), message(), receive=receive)
         assert "notifications/cancelled" not in sessions.methods()
@@ -583,14 +596,14 @@ class TestLeaving:
 
         sessions = Sessions()
 
-        async def ask(upstream: Upstream, caller: Caller, asked: Message, *rest: Any) -> None:
-            if asked.method == "notifications/cancelled":
+        async def ask(request: Request, send: Any) -> None:
+            if method_of(request) == "notifications/cancelled":
                 await never()
-            elif asked.method == "tools/call":
-                await rest[2]()
+            elif method_of(request) == "tools/call":
+                await request.receive()
                 raise Disconnected
             else:
-                await sessions.ask(upstream, caller, asked, *rest)
+                await sessions.ask(request, send)
 
         async with asyncio.timeout(10):
             with pytest.raises(Disconnected):

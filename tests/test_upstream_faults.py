@@ -39,6 +39,11 @@ from mcp_http import RawSession
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+each_when_frozen = pytest.mark.parametrize(
+    "transport",
+    [pytest.param(each, marks=[] if each == JSON else pytest.mark.acceptance) for each in TRANSPORTS],
+)
+"""Every one waits for time limits; one of them does where minutes count."""
 each_http = pytest.mark.parametrize("transport", [HTTP, JSON])
 Figure = Callable[[str, float], None]
 
@@ -234,7 +239,7 @@ async def test_b7_many_idle_sessions_of_an_upstream_that_was_restarted_cost_nobo
 # -- frozen ------------------------------------------------------------------------------------------------------------
 
 
-@each_transport
+@each_when_frozen
 async def test_frozen_in_mid_call_and_thawed(redis_url: str, upstream: Upstream, figure: Figure) -> None:
     """B9, B10: a call that got no answer ends after `call_timeout`, and the next one does not wait for as long: the
     session is checked first. Once it is thawed nothing is left of all that."""
@@ -248,7 +253,7 @@ async def test_frozen_in_mid_call_and_thawed(redis_url: str, upstream: Upstream,
         await still_frozen(everybody, figure)
 
 
-@each_transport
+@each_when_frozen
 async def test_frozen_while_idle_and_thawed(redis_url: str, upstream: Upstream, figure: Figure) -> None:
     """B10, B54: the check is given up after `health_check_timeout`. A process of its own is replaced; of a server that
     all sessions share, opening another one takes as long as that may take."""

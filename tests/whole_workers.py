@@ -28,6 +28,8 @@ class Upstream:
     url: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
+    farewells: list[str] = field(default_factory=list)
+    """The authorization of each DELETE."""
     cookies: list[str] = field(default_factory=list)
     authorizations: list[str] = field(default_factory=list)
     """Of every request of a session, in order; "" for one without."""
@@ -38,6 +40,7 @@ class Upstream:
         session = request.headers.get("mcp-session-id", "")
         if request.method == "DELETE":
             self.deleted.append(session)
+            self.farewells.append(request.headers.get("authorization", ""))
             self.counts.pop(session, None)
             return web.Response()
         message = orjson.loads(await request.read())

@@ -37,10 +37,11 @@ from .asgi import Receive, Scope, Send, header, read_body, respond
 from .eras import Eras
 from .errors import BodyTooLarge, BrokenOff, Disconnected, NotRun
 from .guard import Guard
-from .identity import Caller, Identity
+from .identity import Identity
 from .keepalive import StreamKeeper
 from .opening import Opening
 from .relay import relay_get, relay_post
+from .request import Request
 from .sessions import Sessions
 from .shared_edge import SharedEdge
 from .telemetry import Telemetry
@@ -135,10 +136,11 @@ class Gateway:
             if message is not None and message.kind == "request":
                 request_id = message.id
                 guard.request = message
-            if message is None and scope["method"] == "GET":
-                await self._listen(upstream, caller, version, scope, receive, guard)
+            request = Request(upstream, caller, version, message, body, scope, receive)
+            if scope["method"] == "GET":
+                await self._listen(request, guard)
             else:
-                await self._route(upstream, caller, version, message, body, scope, receive, guard)
+                await self._route(request, guard)
         except Refused as refusal:
             refusal.id = refusal.id if refusal.id is not None else request_id
             await refusal.send(guard.send)
@@ -167,15 +169,13 @@ class Gateway:
         for scope in list(self._listening):
             scope.cancel()
 
-    async def _listen(
-        self, upstream: Upstream, caller: Caller, version: str | None, scope: Scope, receive: Receive, guard: Guard
-    ) -> None:
+    async def _listen(self, request: Request, guard: Guard) -> None:
         if self._ending:
             raise unavailable("This worker is stopping")
         with anyio.CancelScope() as listening:
             self._listening.add(listening)
             try:
-                await self._route(upstream, caller, version, None, b"", scope, receive, guard)
+                await self._route(request, guard)
             finally:
                 self._listening.discard(listening)
         if listening.cancelled_caught:
@@ -196,41 +196,31 @@ class Gateway:
         await read_body(scope["headers"], receive, self._max_body_bytes)
         return b"", None
 
-    async def _route(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        version: str | None,
-        message: Message | None,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        guard: Guard,
-    ) -> None:
-        session_id = header(scope["headers"], b"mcp-session-id")
-        initializes = message is not None and message.kind == "request" and message.method == "initialize"
+    async def _route(self, request: Request, guard: Guard) -> None:
+        upstream, version, message = request.upstream, request.version, request.message
+        session_id = header(request.headers, b"mcp-session-id")
         is_unknown = version is not None and version not in HANDSHAKE_VERSIONS + STATELESS_VERSIONS
-        if version is not None and is_unknown and (session_id is not None or message is None or initializes):
+        if version is not None and is_unknown and (session_id is not None or message is None or request.initializes):
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
         if upstream.affinity != "session":
-            if initializes and not self.ready:
+            if request.initializes and not self.ready:
                 raise unavailable("This worker takes no new sessions")
-            await self._shared.route(upstream, caller, version, message, body, scope, receive, guard)
-        elif message is not None and initializes and session_id is None:
+            await self._shared.route(request, guard)
+        elif message is not None and request.initializes and session_id is None:
             # Whatever version its header names: an upstream that takes it opens a session.
             if not self.ready:
                 raise unavailable("This worker takes no new sessions")
-            await self._opening.open(upstream, caller, message, body, scope["headers"], receive, guard.send)
+            await self._opening.open(request, message, guard.send)
         elif version is not None and version not in HANDSHAKE_VERSIONS:
-            await self._serve_stateless_era(upstream, version, message, body, scope, receive, guard)
+            await self._serve_stateless_era(request, version, guard)
         elif session_id is not None:
-            if not self._identity.issued(session_id, upstream.name, caller.bound):
+            if not self._identity.issued(session_id, upstream.name, request.caller.bound):
                 raise session_not_found()
             safe = is_safe(message, upstream.idempotent_tools)
-            call = Call(session_key(session_id.decode()), scope, message, body, safe)
-            await self._affinity.dispatch(call, receive, guard)
+            call = Call(session_key(session_id.decode()), request.scope, message, request.body, safe)
+            await self._affinity.dispatch(call, request.receive, guard)
         else:
-            await self._serve_sessionless(upstream, message, body, scope, receive, guard.send)
+            await self._serve_sessionless(request, guard.send)
 
     async def _break_off(self, guard: Guard, message: str) -> None:
         """An answer cannot be completed. A stream can still say so; anything else is left unfinished, so that the
@@ -244,36 +234,26 @@ class Gateway:
 
     # -- requests without a session --------------------------------------------------------------------------------
 
-    async def _serve_stateless_era(
-        self,
-        upstream: Upstream,
-        version: str,
-        message: Message | None,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        guard: Guard,
-    ) -> None:
+    async def _serve_stateless_era(self, request: Request, version: str, guard: Guard) -> None:
         """Protocol 2026-07-28 has no sessions: any worker passes its requests on, if the upstream is of that era.
 
         A version that does not exist is the upstream's to refuse, for it knows which ones it speaks.
         """
+        upstream, message = request.upstream, request.message
         if message is None:
             raise door.method_not_allowed(b"POST")
         link = self._pool.stateless(upstream)
         if link is None or self._eras.is_handshake_only(upstream.name):
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
         send = self._eras.watch(upstream.name, version, message, guard.send)
-        await relay_post(link, message, body, scope["headers"], receive, send)
+        await relay_post(link, message, request.body, request.headers, request.receive, send)
 
-    async def _serve_sessionless(
-        self, upstream: Upstream, message: Message | None, body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _serve_sessionless(self, request: Request, send: Send) -> None:
         """A handshake-era request that names no session: right for upstreams that hand out no session id."""
-        link = self._pool.stateless(upstream)
-        if link is None or scope["method"] == "DELETE":
+        link = self._pool.stateless(request.upstream)
+        if link is None or request.method == "DELETE":
             raise Refused(400, "Bad request: Mcp-Session-Id header required", code=INVALID_REQUEST)
-        if message is None:
-            await relay_get(link, scope["headers"], receive, send, adopted=False)
+        if request.message is None:
+            await relay_get(link, request.headers, request.receive, send, adopted=False)
         else:
-            await relay_post(link, message, body, scope["headers"], receive, send)
+            await relay_post(link, request.message, request.body, request.headers, request.receive, send)

@@ -12,15 +12,16 @@ from contextlib import aclosing
 from typing import Any
 
 from ..coordinator import Unavailable, session_key
-from ..pool import CircuitOpen, Fenced, HttpTarget, Link, Message, PoolError, PoolFull, Upstream, UpstreamLost, parse
+from ..pool import CircuitOpen, Fenced, HttpTarget, Link, Message, PoolError, PoolFull, UpstreamLost, parse
 from ..pool.calls import let_end
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.link import Reply
 from ..pool.sse import EventSplitter
 from .answers import JSON, outcome_body, turned_away, unavailable
-from .asgi import Headers, Receive, Send, has_left, is_event_stream, respond, until_disconnect
+from .asgi import Headers, Send, has_left, is_event_stream, respond, until_disconnect
 from .errors import Disconnected
-from .identity import Caller, Identity
+from .identity import Identity
+from .request import Request
 from .sessions import Owned, Sessions
 
 
@@ -33,20 +34,12 @@ class Opening:
         self._max_body_bytes = max_body_bytes
         self._registering: set[asyncio.Task[None]] = set()
 
-    async def open(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        message: Message,
-        body: bytes,
-        headers: Headers,
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    async def open(self, request: Request, message: Message, send: Send) -> None:
         """Answer `initialize`, with the id of a new session if the upstream agrees.
 
         Raises `Refused` and `Disconnected`.
         """
+        upstream, caller, receive = request.upstream, request.caller, request.receive
         session_id = self._identity.mint(upstream.name, caller.bound)
         owned: Owned | None = None
         registering: asyncio.Task[None] | None = None
@@ -55,7 +48,7 @@ class Opening:
             with until_disconnect(receive):
                 owned = await self._sessions.open(session_key(session_id), upstream, caller.principal)
                 with owned.session as session:
-                    reply, answer, version = await self._ask(session.link, message, body, headers)
+                    reply, answer, version = await self._ask(session.link, message, request.body, request.headers)
             link = owned.session.link
             if version is None:
                 reason = "not_initialized"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from ..coordinator.frames import RequestHead
-from ..pool import PoolError, SessionClosed, parse
+from ..pool import PooledSession, PoolError, SessionClosed, parse
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Call
 from .answers import Refused, too_large, turned_away
-from .asgi import Receive, Scope, Send, read_body
+from .asgi import Headers, Receive, Scope, Send, read_body
 from .errors import BodyTooLarge, NotRun
 from .exchange import HOP, REPEAT
 from .relay import relay_delete, relay_get, relay_post
 from .sessions import Owned, Sessions
-from .shared import SharedRelay
+from .shared import SharedRelay, forwarded
 
 
 class Serving:
@@ -34,6 +34,8 @@ class Serving:
                 link = session.link
             except SessionClosed:
                 raise NotRun("closed") from None
+            if session.upstream.forward_headers:
+                self._remember(session, headers)
             if call.message is not None:
                 # What may be running under this id upstream is asked for again under another one.
                 way = SharedLink(link, SharedIds(session.next_id), b"") if REPEAT in call.scope else link
@@ -44,6 +46,12 @@ class Serving:
                 status = await relay_delete(link, headers, receive, send)
                 if 200 <= status < 300 or status == 404:
                     self._sessions.end(owned, "client")
+
+    @staticmethod
+    def _remember(session: PooledSession, headers: Headers) -> None:
+        """The upstream is told of the session's end with the credentials of its client's last call."""
+        told = forwarded(session.upstream, headers)
+        session.farewell = lambda link: (link, told)
 
     async def _serve_shared(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
         session = owned.session

@@ -20,11 +20,12 @@ from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Affinity, Call, is_safe
 from .answers import HANDSHAKE_VERSIONS, JSON, Refused, session_not_found, turned_away, unavailable
 from .asgi import Message as AsgiMessage
-from .asgi import Receive, Scope, Send, header, respond, until_disconnect
+from .asgi import Send, header, respond, until_disconnect
 from .door import method_not_allowed
 from .guard import Guard
-from .identity import Caller, Identity
+from .identity import Identity
 from .relay import relay_post
+from .request import Request
 from .sessions import Opens
 from .shared import forwarded, initialize_answer
 from .stateless_edge import StatelessEdge
@@ -43,97 +44,60 @@ class SharedEdge:
     def __repr__(self) -> str:
         return f"<SharedEdge running={len(self._running)}>"
 
-    async def route(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        version: str | None,
-        message: Message | None,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        guard: Guard,
-    ) -> None:
+    async def route(self, request: Request, guard: Guard) -> None:
         """Answer one request. Raises `Refused`, `Disconnected`, `BrokenOff`."""
-        session_id = header(scope["headers"], b"mcp-session-id")
-        if version is not None and version not in HANDSHAKE_VERSIONS:
-            await self._stateless.serve(upstream, caller, message, scope, receive, guard.send)
+        upstream, caller = request.upstream, request.caller
+        session_id = header(request.headers, b"mcp-session-id")
+        if request.version is not None and request.version not in HANDSHAKE_VERSIONS:
+            await self._stateless.serve(request, guard.send)
             return
-        if message is not None and message.kind == "request" and message.method == "initialize" and not session_id:
+        if request.initializes and not session_id:
             minted = self._identity.mint(upstream.name, caller.bound)
-            await self._call(upstream, caller, message, body, scope, receive, guard, _with_id(guard.send, minted))
+            await self._call(request, guard, _with_id(guard.send, minted))
             return
         if session_id is None:
             raise Refused(400, "Bad request: Mcp-Session-Id header required", code=INVALID_REQUEST)
         if not self._identity.issued(session_id, upstream.name, caller.bound):
             raise session_not_found()
-        if message is None and scope["method"] == "DELETE":
+        if request.method == "DELETE":
             # The token of one client: the session goes on, it is not his alone.
             await respond(guard.send, 200, b"", [])
             return
-        await self._call(upstream, caller, message, body, scope, receive, guard, guard.send)
+        await self._call(request, guard, guard.send)
 
-    async def _ask(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        message: Message,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        guard = Guard(send, message)
-        await self._call(upstream, caller, message, body, scope, receive, guard, guard.send)
+    async def _ask(self, request: Request, send: Send) -> None:
+        guard = Guard(send, request.message)
+        await self._call(request, guard, guard.send)
 
-    async def _call(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        message: Message | None,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        guard: Guard,
-        send: Send,
-    ) -> None:
-        caller = self._identity.sharing(caller, forwarded(upstream, scope["headers"]))
+    async def _call(self, request: Request, guard: Guard, send: Send) -> None:
+        upstream, message = request.upstream, request.message
+        headers = forwarded(upstream, request.headers)
+        caller = self._identity.sharing(request.caller, headers)
         if upstream.affinity == "principal":
             key = self._identity.shared_key(upstream.name, caller.bound)
-            opens = Opens(upstream, caller.principal, initialize_params(), forwarded(upstream, scope["headers"]))
+            opens = Opens(upstream, caller.principal, initialize_params(), headers)
             # Initializing is safe, for it is the owner's doing: he answers with what the server said to him.
-            safe = is_safe(message, upstream.idempotent_tools) or (
-                message is not None and message.method == "initialize"
-            )
-            call = Call(key, scope, message, body, safe, opens)
-            await self._affinity.dispatch(call, receive, _sending(guard, send))
+            safe = request.initializes or is_safe(message, upstream.idempotent_tools)
+            call = Call(key, request.scope, message, request.body, safe, opens)
+            await self._affinity.dispatch(call, request.receive, _sending(guard, send))
         elif message is None:
             raise method_not_allowed(b"POST, DELETE")  # no session, so no stream of its messages
         else:
-            await self._borrow(upstream, caller, message, body, scope, receive, send)
+            await self._borrow(request, message, caller.principal, send)
 
     # -- affinity `none` -------------------------------------------------------------------------------------------
 
-    async def _borrow(
-        self,
-        upstream: Upstream,
-        caller: Caller,
-        message: Message,
-        body: bytes,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        headers: Headers = scope["headers"]
+    async def _borrow(self, request: Request, message: Message, principal: str, send: Send) -> None:
+        headers = request.headers
         client = header(headers, b"mcp-session-id") or b""
         if message.kind != "request" or message.id is None:
-            await self._tell(message, body, client, headers)
+            await self._tell(message, request.body, client, headers)
             await respond(send, 202, b"", [])
             return
-        any_session = _AnySession(self._pool, upstream, caller, headers, client)
-        if message.method == "initialize":
+        any_session = _AnySession(self._pool, request.upstream, principal, headers, client)
+        if request.initializes:
             try:
-                with until_disconnect(receive):
+                with until_disconnect(request.receive):
                     result = await any_session.initialize_result(message)
             except PoolError as error:
                 raise turned_away(error, message.id) from error
@@ -141,7 +105,7 @@ class SharedEdge:
             return
         self._running[client, message.id] = any_session
         try:
-            await relay_post(any_session, message, body, headers, receive, send)
+            await relay_post(any_session, message, request.body, headers, request.receive, send)
         finally:
             if self._running.get((client, message.id)) is any_session:
                 del self._running[client, message.id]
@@ -166,9 +130,9 @@ class _AnySession:
     What did not run for want of a living session is tried once more on a fresh one: no session means anything here.
     """
 
-    def __init__(self, pool: SessionPool, upstream: Upstream, caller: Caller, headers: Headers, client: bytes) -> None:
+    def __init__(self, pool: SessionPool, upstream: Upstream, principal: str, headers: Headers, client: bytes) -> None:
         self._pool = pool
-        self._want = Want(upstream, principal=caller.principal, headers=forwarded(upstream, headers))
+        self._want = Want(upstream, principal=principal, headers=forwarded(upstream, headers))
         self._client = client
         self._link: SharedLink | None = None
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Final, cast
 
@@ -26,7 +26,7 @@ from ..pool.sse import events
 from .affinity import OWNER
 from .answers import JSON, Refused, outcome_body
 from .asgi import Message as AsgiMessage
-from .asgi import Receive, Scope, Send, is_event_stream, respond
+from .asgi import Send, is_event_stream, respond
 from .bridge import answer_server, discover, response_to_stateless, status_of, to_handshake, to_handshake_headers
 from .bridged_answer import BridgedAnswer
 from .door import method_not_allowed
@@ -34,10 +34,11 @@ from .envelope import DISCOVER, check, check_notification
 from .errors import BrokenOff, Disconnected, NotRun
 from .identity import Caller
 from .param_headers import Repeated, check_params, may_repeat, repeated_by_tool
+from .request import Request
 
 logger = logging.getLogger("leasehold.workers.stateless")
 
-Ask = Callable[[Upstream, Caller, Message, bytes, Scope, Receive, Send], Awaitable[None]]
+Ask = Callable[[Request, Send], Awaitable[None]]
 """Answers one message of a client of the handshake era; its scope names the client in `mcp-session-id`. Raises
 `Refused`, `NotRun`, `Disconnected`, `BrokenOff`."""
 
@@ -59,20 +60,18 @@ class StatelessEdge:
     def __repr__(self) -> str:
         return f"<StatelessEdge known={len(self._known)}>"
 
-    async def serve(
-        self, upstream: Upstream, caller: Caller, message: Message | None, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Answer one request (None: a GET or DELETE). Raises what `Ask` raises, before anything was sent."""
+    async def serve(self, request: Request, send: Send) -> None:
+        """Answer one request. Raises what `Ask` raises, before anything was sent."""
+        message, headers = request.message, request.headers
         if message is None:
             raise method_not_allowed(b"POST")
-        headers = scope["headers"]
         if message.kind == "notification":
             check_notification(headers)
             await respond(send, 202, b"", [])
             return
         check(message, headers)
-        call = _Call(self._ask, upstream, caller, message, scope, receive)
-        known = self._known_of(upstream, caller)
+        call = _Call(self._ask, request, message)
+        known = self._known_of(request.upstream, request.caller)
         if message.method == DISCOVER:
             await self._discover(call, known, send)
             return
@@ -156,34 +155,29 @@ class _Call:
     """One request, and what has to be asked or told around it on the way that it takes. Upstream of here it is a
     client of its own, so that its ids meet nobody else's."""
 
-    def __init__(
-        self, ask: Ask, upstream: Upstream, caller: Caller, message: Message, scope: Scope, receive: Receive
-    ) -> None:
+    def __init__(self, ask: Ask, request: Request, message: Message) -> None:
         self.message = message
         self._ask = ask
-        self._upstream = upstream
-        self._caller = caller
-        self._origin = scope
-        self._receive = receive
+        self._request = request
         self._client = b"stateless-" + os.urandom(9).hex().encode()
 
     async def run(self, known: _Known, send: Send) -> None:
         """Ask, and answer the client. Who leaves cancels, in this era."""
         sent = to_handshake(self.message)
-        body, scope = _encoded(sent), _translated(self._origin, self._client)
+        asked = self._handshake_request(sent, _encoded(sent))
         on_result = known.learn if self.message.method == "tools/list" else None
         told = False
 
         async def sending(message: AsgiMessage) -> None:
-            if OWNER in scope:
-                self._origin[OWNER] = scope[OWNER]
+            if OWNER in asked.scope:
+                self._request.scope[OWNER] = asked.scope[OWNER]
             await send(message)
 
         answer = BridgedAnswer(sending, self.message, known.server_info, self._refuse, on_result)
 
         async def receive() -> AsgiMessage:
             nonlocal told
-            event = await self._receive()
+            event = await self._request.receive()
             if event["type"] == "http.disconnect" and not answer.answered and not told:
                 told = True
                 params = {"requestId": self.message.id, "reason": "the client has left"}
@@ -191,7 +185,7 @@ class _Call:
             return event
 
         try:
-            await self._ask(self._upstream, self._caller, sent, body, scope, receive, answer.send)
+            await self._ask(replace(asked, receive=receive), answer.send)
         except Refused as refusal:
             if not answer.begun:
                 raise
@@ -214,15 +208,7 @@ class _Call:
         kept = _Kept()
         asked = Message("request", method, id, payload)
         try:
-            await self._ask(
-                self._upstream,
-                self._caller,
-                asked,
-                orjson.dumps(payload),
-                _translated(self._origin, self._client),
-                self._receive,
-                kept.send,
-            )
+            await self._ask(self._handshake_request(asked, orjson.dumps(payload)), kept.send)
         except BrokenOff:
             pass
         except Refused as refusal:
@@ -239,12 +225,18 @@ class _Call:
         await self._tell(Message("response", None, request.id, orjson.loads(body)))
 
     async def _tell(self, message: Message) -> None:
-        body, scope = orjson.dumps(message.payload), _translated(self._origin, self._client)
+        told = replace(self._handshake_request(message, orjson.dumps(message.payload)), receive=_never)
         try:
             async with asyncio.timeout(TELL_S):
-                await self._ask(self._upstream, self._caller, message, body, scope, _never, _Kept().send)
+                await self._ask(told, _Kept().send)
         except (TimeoutError, Refused, NotRun, BrokenOff, Disconnected) as error:
-            logger.debug("not_told upstream=%s reason=%r", self._upstream.name, str(error)[:200])
+            logger.debug("not_told upstream=%s reason=%r", told.upstream.name, str(error)[:200])
+
+    def _handshake_request(self, message: Message, body: bytes) -> Request:
+        """A request of the handshake era, by the client that this call is upstream of here."""
+        headers = [pair for pair in to_handshake_headers(self._request.headers) if pair[0] != b"mcp-session-id"]
+        scope = {**self._request.scope, "headers": [*headers, (b"mcp-session-id", self._client)]}
+        return replace(self._request, message=message, body=body, scope=scope)
 
 
 class _Kept:
@@ -292,12 +284,6 @@ async def _listed(call: _Call) -> dict[str, tuple[Repeated, ...]]:
 
 def _is_fresh(at: float | None) -> bool:
     return at is not None and monotonic() - at < REMEMBER_S
-
-
-def _translated(scope: Scope, client: bytes) -> Scope:
-    """The scope of a request of the handshake era, by a client of this name."""
-    headers = [pair for pair in to_handshake_headers(scope["headers"]) if pair[0] != b"mcp-session-id"]
-    return {**scope, "headers": [*headers, (b"mcp-session-id", client)]}
 
 
 def _encoded(message: Message) -> bytes:
