@@ -1,6 +1,7 @@
 """Who owns what, and how workers reach each other: leases, directory, channels, mailboxes. Knows no MCP and no HTTP."""
 
 from .client import RedisClients
+from .cluster import Cluster
 from .directory import Claimed, Directory, Registration, SessionRecord
 from .errors import CoordinatorError, SealError, Unavailable
 from .health import Circuit, UpstreamHealth
@@ -9,10 +10,12 @@ from .member import Member
 from .outbox import Outbox, Refusal, Ticket
 from .peers import Fate, Listener, PeerInfo, end_lease, list_peers
 from .sealing import Keyring
+from .urls import RedisUrlError
 
 __all__ = [
     "Circuit",
     "Claimed",
+    "Cluster",
     "CoordinatorError",
     "Directory",
     "Fate",
@@ -23,6 +26,7 @@ __all__ = [
     "Outbox",
     "PeerInfo",
     "RedisClients",
+    "RedisUrlError",
     "Refusal",
     "Registration",
     "SealError",

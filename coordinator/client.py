@@ -1,113 +1,135 @@
 """Redis clients: how Leasehold connects, and what it never does.
 
 * No automatic retry anywhere: redis-py repeats a command whose answer was lost, and one RPUSH becomes two entries.
-* A worker holds a constant number of connections: one that blocks in its mailbox, one that writes, a few for look-ups.
-* The maker is the one place that knows the form of the deployment (one server today; Sentinel and Cluster fit in here).
+* A worker holds a constant number of connections to each node: one that blocks in its mailbox, one that writes, a few
+  for look-ups.
+* What of this depends on the form of the deployment is here, in `urls.py`, `connection.py` and `cluster.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import cache
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, ResponseError
 
+from .connection import REDIS_FAILURES, NotConnected, Sentinels, connection_options, forget_places
 from .errors import Unavailable
+from .urls import Address, Form, RedisUrl
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
+
+__all__ = ["REDIS_FAILURES", "NotConnected"]
 
 COMMAND_TIMEOUT_S: Final = 2.0
 """Longest wait for the answer to one command; the connection is dropped after it."""
 PATIENCE_S: Final = 0.05
 """What an answer that is overdue gets on top, once the loop runs again: see `overdue`."""
-CONNECT_TIMEOUT_S: Final = 2.0
 LOOKUP_CONNECTIONS: Final = 4
 SCAN_COUNT: Final = 500
-
-REDIS_FAILURES: Final = (RedisError, OSError, TimeoutError)
-"""What redis-py raises when Redis cannot be reached or does not do what was asked."""
 
 Argument = str | bytes | int | float
 
 
-class NotConnected(RedisConnectionError):
-    """Raised by our clients when no connection could be made: nothing of the command was sent."""
-
-
 class RedisClients:
-    """Makes the few clients of one worker. `url` may hold credentials and is never printed."""
+    """Makes the few clients of one worker. `url` may hold credentials and is never printed; raises `RedisUrlError`."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = RedisUrl.parse(url)
+        self.sentinels = Sentinels(self._url) if self._url.form is Form.SENTINEL else None
+        self._options = connection_options(self._url, self.sentinels)
+        self._cluster: Cluster | None = None
+        if self._url.form is Form.CLUSTER:
+            from .cluster import Cluster
+
+            self._cluster = Cluster(self._url, self._options)
 
     def blocking(self) -> Line:
         """One connection for blocking pops: the server ends them; no socket timeout may cut a pop in two."""
-        return Line(self._make(connections=1, timeout_s=None))
+        return Line(make_client(self._options, 1)) if self._cluster is None else self._cluster.slot_line()
 
     def writer(self) -> Line:
-        """One connection for pushes; the outbox bounds them with `overdue`, which costs less than a socket timeout."""
-        return Line(self._make(connections=1, timeout_s=None))
+        """One connection for pushes; the outbox bounds them with `overdue`, which costs less than a socket timeout.
 
-    def lookups(self) -> Redis:
+        Of a cluster, each node has one of its own: see `Cluster.line`.
+        """
+        return Line(make_client(self._options, 1))
+
+    def lookups(self) -> Redis | Cluster:
         """A few connections for everything else; a caller waits for a free one at most `COMMAND_TIMEOUT_S`."""
-        return self._make(connections=LOOKUP_CONNECTIONS, timeout_s=COMMAND_TIMEOUT_S)
-
-    def _make(self, connections: int, timeout_s: float | None) -> Redis:
-        pool = BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
-            self._url,
-            max_connections=connections,
-            timeout=COMMAND_TIMEOUT_S,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            # With RESP3, redis-py 8 listens for maintenance notices, and so hands out idle connections without noticing
-            # that they are broken: what is then sent over one is in doubt for no reason.
-            protocol=2,
-            client_name="leasehold",
-        )
-        pool.connection_class = _telling(pool.connection_class)
-        return Redis.from_pool(pool)
+        return self._cluster or make_client(self._options, LOOKUP_CONNECTIONS, COMMAND_TIMEOUT_S)
 
     @property
     def place(self) -> str:
         """Where Redis is, without user or password: for logs and errors."""
-        parts = urlsplit(self._url)
-        return f"{parts.scheme}://{parts.path if parts.scheme == 'unix' else f'{parts.hostname}:{parts.port or 6379}'}"
+        return str(self._url)
+
+
+def make_client(options: dict[str, Any], connections: int, timeout_s: float | None = None) -> Redis:
+    """A client of one node: `connection_options`, with `host` and `port`. `timeout_s`: for the answer to a command."""
+    pool = BlockingConnectionPool(
+        max_connections=connections, timeout=COMMAND_TIMEOUT_S, socket_timeout=timeout_s, **options
+    )
+    return Redis.from_pool(pool)
 
 
 class Line:
     """One connection, held for good, a layer below redis-py's client, which costs four times as much a command.
 
-    One caller at a time. It is made again when it broke; what was under way then raises `REDIS_FAILURES`.
+    One caller at a time. It is made again when it broke, and when the node at its end is a master no more; what was
+    under way when it broke raises `REDIS_FAILURES`.
     """
+
+    node = ""
+    """The node of a cluster to which it leads."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client  # knows how to connect: address, credentials, TLS
         self._connection: AbstractConnection | None = None
+        self._misplaced = False
+
+    @property
+    def address(self) -> Address | None:
+        """Of the node at its end, while it is connected by TCP."""
+        connection: Any = self._connection
+        if connection is None or not connection.is_connected or not hasattr(connection, "port"):
+            return None
+        return str(connection.host), int(connection.port)
+
+    async def aim(self, key: str) -> None:
+        """Lead to the node that has `key`, in a cluster; raises `REDIS_FAILURES`."""
 
     async def ask(self, *commands: Sequence[Argument]) -> list[Any]:
-        """Send commands in one write and read their answers in order; a refusal (`ResponseError`) stands in its
-        place."""
+        """Send commands in one write and read their answers in order; a refusal (`RedisError`) stands in its place."""
         connection = self._connection
         if connection is None:
-            connection = self._connection = self._client.connection_pool.make_connection()
+            connection = self._connection = self._make()
         try:
-            if getattr(connection, "closed_by_peer", False):
+            if self._misplaced or getattr(connection, "closed_by_peer", False):
+                self._misplaced = False
                 await connection.disconnect()
             await connection.connect()
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-            return [await _answer(connection) for _ in commands]
+            return [await self._answer(connection) for _ in commands]
         except BaseException:
             # Answers that are still under way would be taken for those of the next commands.
             await connection.disconnect(nowait=True)
             raise
+
+    def _make(self) -> AbstractConnection:
+        return self._client.connection_pool.make_connection()
+
+    async def _answer(self, connection: AbstractConnection) -> Any:
+        try:
+            return await connection.read_response()  # pyright: ignore[reportUnknownVariableType]
+        except (ResponseError, BusyLoadingError) as refusal:
+            self._misplaced |= isinstance(refusal, ReadOnlyError)
+            return refusal
 
     async def drop(self) -> None:
         """Break the connection; whoever waits on it gets a `ConnectionError`."""
@@ -119,71 +141,75 @@ class Line:
         await self._client.aclose()
 
 
-async def _answer(connection: AbstractConnection) -> Any:
-    try:
-        return await connection.read_response()  # pyright: ignore[reportUnknownVariableType]
-    except ResponseError as refusal:
-        return refusal
-
-
-async def execute(client: Redis | Line, *command: Argument) -> Any:
+async def execute(client: Redis | Line | Cluster, *command: Argument) -> Any:
     """One command; raises `REDIS_FAILURES`."""
-    if isinstance(client, Line):
-        (answer,) = await client.ask(command)
-        if isinstance(answer, ResponseError):
-            raise answer
-        return answer
-    return await client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    (answer,) = await execute_all(client, [command])
+    return answer
 
 
 async def execute_all(
-    client: Redis | Line, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
+    client: Redis | Line | Cluster, commands: Sequence[Sequence[Argument]], *, raise_on_error: bool = True
 ) -> list[Any]:
-    """Many commands in one round trip, no transaction; raises `REDIS_FAILURES`, or returns a refusal in its place."""
-    if isinstance(client, Line):
-        answers = await client.ask(*commands)
-        refusals = [answer for answer in answers if isinstance(answer, ResponseError)]
-        if raise_on_error and refusals:
-            raise refusals[0]
-        return answers
-    pipeline = client.pipeline(transaction=False)
-    for command in commands:
-        pipeline.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
-    return await pipeline.execute(raise_on_error=raise_on_error)
+    """Many commands in one round trip (to each node), no transaction; raises `REDIS_FAILURES`, or returns a refusal in
+    its place."""
+    answers = await (ask(client, commands) if isinstance(client, Redis) else client.ask(*commands))
+    if raise_on_error:
+        for answer in answers:
+            if isinstance(answer, RedisError):
+                raise answer
+    return answers
 
 
-def run_id(info: bytes) -> str:
-    """The node's name for this run of its, out of the answer to INFO."""
-    return _field(info, b"run_id")
+async def ask(client: Redis, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+    """`Line.ask` of a client. Answers are as redis-py makes them: HGETALL's a dict."""
+    answers: list[Any]
+    if len(commands) == 1:
+        try:
+            answers = [await client.execute_command(*commands[0])]  # pyright: ignore[reportUnknownMemberType]
+        except (ResponseError, BusyLoadingError) as refusal:
+            answers = [refusal]
+    else:
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
+        answers = await pipeline.execute(raise_on_error=False)
+    if any(isinstance(answer, ReadOnlyError) for answer in answers):
+        await forget_places(client)
+    return answers
 
 
-def settled_for(server: bytes, replication: bytes) -> float:
+def parse_info(info: bytes) -> dict[str, str]:
+    """The fields of an answer to INFO, as `Line` has it."""
+    pairs = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+def settled_for(server: Mapping[str, Any], replication: Mapping[str, Any]) -> float:
     """Seconds for which a node has certainly been what it is, out of INFO's two sections: 0 for a replica, and for one
     that was promoted (it does not say when)."""
-    if _field(replication, b"role") != "master" or _field(replication, b"second_repl_offset") != "-1":
+    if replication.get("role") != "master" or str(replication.get("second_repl_offset")) != "-1":
         return 0.0
-    return max(0.0, float(_field(server, b"uptime_in_seconds") or 0) - 1)  # whole seconds, and rounded
+    return max(0.0, float(server.get("uptime_in_seconds") or 0) - 1)  # whole seconds, and rounded
 
 
-def _field(info: bytes, name: bytes) -> str:
-    return (b"\r\n" + info).partition(b"\r\n" + name + b":")[2].partition(b"\r\n")[0].decode()
-
-
-async def scan_hashes(client: Redis, pattern: str) -> AsyncGenerator[list[tuple[str, dict[bytes, bytes], int]], None]:
+async def scan_hashes(
+    client: Redis | Cluster, pattern: str
+) -> AsyncGenerator[list[tuple[str, dict[bytes, bytes], int]], None]:
     """Pages of (key, fields, PTTL) of all hashes that match; raises `REDIS_FAILURES`. A key may come twice (SCAN)."""
-    cursor = 0
-    while True:
-        answer: tuple[bytes | int, list[bytes]] = await execute(
-            client, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
-        )
-        cursor, names = int(answer[0]), answer[1]
-        answers = await execute_all(client, [(what, name) for name in names for what in ("HGETALL", "PTTL")])
-        yield [
-            (name.decode(), fields, ttl_ms)
-            for name, fields, ttl_ms in zip(names, answers[::2], answers[1::2], strict=True)
-        ]
-        if not cursor:
-            return
+    for node in [client] if isinstance(client, Redis) else await client.each_node():
+        cursor = 0
+        while True:
+            answer: tuple[bytes | int, list[bytes]] = await execute(
+                node, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
+            )
+            cursor, names = int(answer[0]), answer[1]
+            answers = await execute_all(client, [(what, name) for name in names for what in ("HGETALL", "PTTL")])
+            yield [
+                (name.decode(), fields, ttl_ms)
+                for name, fields, ttl_ms in zip(names, answers[::2], answers[1::2], strict=True)
+            ]
+            if not cursor:
+                break
 
 
 @asynccontextmanager
@@ -209,37 +235,3 @@ async def overdue(limit_s: float) -> AsyncGenerator[None, None]:
             yield
         finally:
             timer.cancel()
-
-
-@cache
-def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    """A connection class that tells "could not connect" from "broke after something was sent": redis-py does not."""
-
-    class TellingConnection(kind):
-        @property
-        def closed_by_peer(self) -> bool:
-            """Whether the server has closed it while nothing was asked."""
-            reader = self._reader
-            return reader is not None and reader.at_eof()
-
-        async def connect(self) -> Any:
-            try:
-                return await super().connect()
-            except REDIS_FAILURES as error:
-                raise NotConnected(f"{type(error).__name__}: {error}") from error
-
-        async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
-            task = asyncio.current_task()
-            asked = task.cancelling() if task else 0
-            try:
-                await super().send_packed_command(command, check_health)
-            except RuntimeError as error:
-                # What uvloop raises for a write to a connection that has just closed.
-                raise NotConnected(str(error)) from error
-            if task and task.cancelling() > asked:
-                # redis-py sends by `asyncio.wait_for`, and that of Python 3.11 loses a cancellation that comes just as
-                # it ends: whoever waits for the end of the task would wait for ever.
-                await self.disconnect(nowait=True)
-                raise asyncio.CancelledError
-
-    return TellingConnection

@@ -14,12 +14,10 @@ from typing import Any
 from redis.asyncio import Redis
 
 from . import scripts
-from .client import Argument, execute, execute_all, scan_hashes, translated
+from .client import Argument, execute, scan_hashes, translated
+from .cluster import Cluster
 from .keys import Keys
-from .scripts import Script
-
-_Call = tuple[Sequence[str], Sequence[Argument]]
-"""Keys and arguments of one run of a script."""
+from .scripts import Call, Script
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Claimed:
 class Directory:
     """Session records in Redis. Every method raises `Unavailable` when Redis does not answer."""
 
-    def __init__(self, client: Redis, keys: Keys) -> None:
+    def __init__(self, client: Redis | Cluster, keys: Keys) -> None:
         self._client = client
         self._keys = keys
 
@@ -68,7 +66,7 @@ class Directory:
         return _claimed(answer, record.registration.owner)
 
     async def claim_all(self, records: Sequence[tuple[SessionRecord, int]]) -> list[Claimed]:
-        """`claim` for many, in one round trip: (record, ttl_ms) each."""
+        """`claim` for many, in one round trip (to each node): (record, ttl_ms) each."""
         answers = await self._run_all(scripts.SESSION_CLAIM, [self._claim(*entry) for entry in records])
         return [
             _claimed(answer, record.registration.owner) for (record, _), answer in zip(records, answers, strict=True)
@@ -95,7 +93,7 @@ class Directory:
 
     async def hand_off(self, held: Sequence[tuple[str, Registration]]) -> None:
         """Give up many registrations that are still held, and keep their records: the next owner need not wait."""
-        calls: list[_Call] = [
+        calls: list[Call] = [
             ([self._keys.session(key)], [registration.owner, registration.epoch]) for key, registration in held
         ]
         await self._run_all(scripts.SESSION_HAND_OFF, calls)
@@ -110,7 +108,7 @@ class Directory:
         """
         batch = list(held)
         changed = resumes or {}
-        calls: list[_Call] = [
+        calls: list[Call] = [
             (
                 [self._keys.session(key)],
                 [registration.owner, registration.epoch, ttl_ms, changed.get(key, b"")],
@@ -140,19 +138,18 @@ class Directory:
                 if record is not None:
                     yield record
 
-    def _claim(self, record: SessionRecord, ttl_ms: int) -> _Call:
+    def _claim(self, record: SessionRecord, ttl_ms: int) -> Call:
         registration = record.registration
         return [self._keys.session(record.key)], [registration.owner, registration.epoch, ttl_ms, *_flat(record)]
 
-    def _take_over(self, key: str, seen: Registration, owner: str, ttl_ms: int) -> _Call:
+    def _take_over(self, key: str, seen: Registration, owner: str, ttl_ms: int) -> Call:
         return [self._keys.session(key)], [seen.owner, seen.epoch, owner, ttl_ms]
 
-    async def _run_all(self, script: Script, calls: Sequence[_Call]) -> list[Any]:
+    async def _run_all(self, script: Script, calls: Sequence[Call]) -> list[Any]:
         if not calls:
             return []
         async with translated(script.name):
-            await script.load(self._client)
-            return await execute_all(self._client, [script.command(*call) for call in calls])
+            return await script.run_all(self._client, calls)
 
 
 def _flat(record: SessionRecord) -> list[Argument]:

@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 
 from . import scripts
 from .client import Argument, translated
+from .cluster import Cluster
 from .errors import Unavailable
 from .keys import Keys
 
@@ -82,7 +83,7 @@ class Circuit:
 class UpstreamHealth:
     """The shared half of all circuit breakers. Every method raises `Unavailable` when Redis does not answer."""
 
-    def __init__(self, client: Redis, keys: Keys) -> None:
+    def __init__(self, client: Redis | Cluster, keys: Keys) -> None:
         self._client = client
         self._keys = keys
 

@@ -7,6 +7,7 @@ ids are bearer secrets and may hold any character: only their SHA-256 is written
     <namespace>:{w:<incarnation>}:ended        string the worker's end is known, not only its lease missing; PX
     <namespace>:{w:<incarnation>}:box:<gen>    list   sealed envelopes for that worker; PX = BOX_TTL_MS
     <namespace>:{s:<sha256 of session id>}     hash   owner, epoch, upstream, principal, created_ms, resume; PX
+    <namespace>:{s:<...>}:events               stream epoch-number -> e: sealed event of the session's own streams; PX
     <namespace>:circuits                       hash   upstream -> its circuit, of those in trouble; PX
 """
 
@@ -39,6 +40,9 @@ class Keys:
 
     def session(self, key: str) -> str:
         return f"{self.namespace}:{{s:{key}}}"
+
+    def events(self, key: str) -> str:
+        return f"{self.namespace}:{{s:{key}}}:events"
 
     @property
     def circuits(self) -> str:

@@ -7,10 +7,11 @@ this worker's sessions over, so:
 * a lease that lapsed is never revived: the worker takes a new, random incarnation and re-claims its sessions;
 * the task that reads the mailbox also renews, so a worker whose reader is dead cannot look alive.
 
-One connection serves all of this, and one command is in flight on it at a time. A blocking pop ends by the server's
-timeout; when its answer is overdue, or the connection breaks, elements may be lost with it: the connection is dropped,
-the mailbox gets a new generation, the old one is drained, and senders learn from receipts what did not arrive
-(`channel.py`).
+One connection serves all of this, and one command is in flight on it at a time. In a cluster it leads to the master
+that has the mailbox, and that differs from one incarnation to the next: one whose master is gone for longer than the
+lease is given up for another. A blocking pop ends by the server's timeout; when its answer is overdue, or the
+connection breaks, elements may be lost with it: the connection is dropped, the mailbox gets a new generation, the old
+one is drained, and senders learn from receipts what did not arrive (`channel.py`).
 
 A clean stop ends the lease first, so that nothing more comes in, then answers what is still in the mailbox (the fence
 has fallen, so requests are not run) and sends what is still in the outbox.
@@ -22,16 +23,15 @@ import asyncio
 import logging
 import os
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
 import orjson
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
 from . import scripts
-from .channel import Receipt, read_envelope_head
+from .channel import Receipt
 from .client import (
     COMMAND_TIMEOUT_S,
     REDIS_FAILURES,
@@ -41,20 +41,22 @@ from .client import (
     execute,
     execute_all,
     overdue,
-    run_id,
+    parse_info,
     settled_for,
-    translated,
 )
 from .clock import RedisClock, monotonic
-from .directory import Directory
-from .errors import SealError, Unavailable
+from .connection import Sentinels, forget_places
+from .directory import Directory, SessionRecord
+from .errors import Unavailable
+from .event_log import EventLog
 from .frames import FROM_OWNER, Frame, FrameType, encode
 from .health import UpstreamHealth
 from .inbox import Inbox
 from .keys import Keys
 from .outbox import BACKOFF_S, MAILBOX_TTL_MS, Outbox
-from .peers import Fate, Listener, end_lease
+from .peers import Fate, Listener, PeerInfo, end_lease, list_peers
 from .sealing import Keyring
+from .watch import Watch
 
 logger = logging.getLogger("leasehold.coordinator.member")
 
@@ -91,12 +93,12 @@ class Member:
         self._lease_ttl_ms = lease_ttl_ms
         self._info = info
         self._mailbox_limit = mailbox_limit
-        self._reader: Line = clients.blocking()
-        self._writer: Line = clients.writer()
-        self._lookups: Redis = clients.lookups()
+        self._reader = clients.blocking()
+        self._lookups = clients.lookups()
+        self._watch = Watch(self._lookups, keys, listener, lambda: self.outbox, lease_ttl_s=self.lease_ttl_s)
         self.directory = Directory(self._lookups, keys)
         self.health = UpstreamHealth(self._lookups, keys)
-        self.clock = RedisClock()
+        self.events = EventLog(self._lookups, keys, keyring)
         self.incarnation = ""
         self.reachable = False
         """Whether the last renewal was answered."""
@@ -107,16 +109,14 @@ class Member:
         self._wake_at = float("inf")
         self._generation = 1
         self._undrained: list[int] = []
-        self._watched: Counter[str] = Counter()
-        self._told: set[str] = set()
-        """Watched peers of which `peer_down` was told."""
         self._stopping = False
+        self._released = asyncio.Event()
         self._reading = False
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
 
     def __repr__(self) -> str:
-        return f"<Member {self.incarnation[:8] or '-'} reachable={self.reachable} watched={len(self._watched)}>"
+        return f"<Member {self.incarnation[:8] or '-'} reachable={self.reachable} watched={len(self._watch)}>"
 
     @property
     def outbox(self) -> Outbox:
@@ -136,44 +136,64 @@ class Member:
     def lease_ttl_s(self) -> float:
         return self._lease_ttl_ms / 1000
 
+    @property
+    def clock(self) -> RedisClock:
+        """Of the Redis node that has our own mailbox."""
+        return self._watch.clock
+
+    def clock_of(self, peer: str) -> RedisClock:
+        """Of the node that has a peer's: deadlines of what is sent there are in its time."""
+        return self._watch.clock_of(peer)
+
     def may_write(self) -> bool:
         """Whether an upstream write may start in this very turn of the loop."""
         return not self._stopping and monotonic() < self._fence
 
     def absence_counts(self) -> bool:
-        """Whether a missing record or lease proves anything: the same Redis node has answered for a whole lease."""
-        return self.reachable and self.clock.known_for() >= self.lease_ttl_s
+        """Whether what is missing on the node that has our lease proves anything: it has been seen for a whole
+        lease."""
+        return self.reachable and self._watch.absence_counts(self._keys.lease(self.incarnation))
+
+    async def sees_known_node(self) -> bool:
+        """Whether look-ups reach that node."""
+        return await self._watch.sees_known_node(self._keys.lease(self.incarnation))
+
+    async def believes_absence(self, session: str, record: SessionRecord | None) -> bool:
+        """Whether what a look-up has just not found is not there: the record of a session (None), or the lease of its
+        owner. Raises `Unavailable`."""
+        key = self._keys.session(session) if record is None else self._keys.lease(record.registration.owner)
+        return self.reachable and self._watch.absence_counts(key) and await self._watch.sees_known_node(key)
+
+    def record_node(self, session: str) -> int | None:
+        """A short name of the node that has the record of a session, and of its run: another one may have forgotten it.
+        None while it is out of reach."""
+        return self._watch.state_of(self._keys.session(session)) if self.reachable else None
 
     def watch(self, peer: str) -> None:
         """Have `peer_down` called when this peer's lease ends; one `unwatch` for each."""
-        self._watched[peer] += 1
-        self._told.discard(peer)
+        self._watch.watch(peer)
 
     def unwatch(self, peer: str) -> None:
-        self._watched[peer] -= 1
-        if self._watched[peer] <= 0:
-            del self._watched[peer]
-            self._told.discard(peer)
+        self._watch.unwatch(peer)
 
     async def fate(self, peer: str) -> Fate:
         """Whether a worker has a lease now, or said (or its supervisor did) that it has ended; raises `Unavailable`."""
-        async with translated("lease"):
-            alive, ended = await execute_all(
-                self._lookups, [("EXISTS", self._keys.lease(peer)), ("EXISTS", self._keys.ended(peer))]
-            )
-        return Fate.ENDED if ended else Fate.ALIVE if alive else Fate.ABSENT
+        return await self._watch.fate(peer)
 
-    async def sees_known_node(self) -> bool:
-        """Whether look-ups reach the node that the lease is on: after a failover they may see another one first."""
-        async with translated("node"):
-            server: dict[str, Any] = await execute(self._lookups, "INFO", "server")
-        return server["run_id"] == self.clock.run_id
+    async def peers(self) -> list[PeerInfo]:
+        """All workers with a lease, this one included; a scan of all keys. Raises `Unavailable`."""
+        return await list_peers(self._lookups, self._keys)
 
     async def run(self) -> None:
         """Live: acquire, read and renew, and when the lease is lost begin again. Ends after `stop()`."""
         low, high = BACKOFF_S
         delay = low
         async with asyncio.TaskGroup() as tasks:
+            looking = None
+            if self._watch.cluster is not None:
+                looking = tasks.create_task(self._watch.run(), name="leasehold-watch")
+            elif self._clients.sentinels is not None:
+                looking = tasks.create_task(self._follow(self._clients.sentinels), name="leasehold-follow")
             while not self._stopping:
                 try:
                     if not await self._acquire():
@@ -205,6 +225,8 @@ class Member:
                 if not self._stopping:
                     logger.warning("lease_lost incarnation=%s", self.incarnation[:8])
                     self._listener.lost(self.incarnation)
+            if looking is not None:
+                looking.cancel()
 
     async def stop(self) -> None:
         """End the lease at once, so that nobody waits for it to lapse; then `run()` finishes its work and returns."""
@@ -226,9 +248,12 @@ class Member:
         except REDIS_FAILURES as error:
             logger.warning("lease_not_released error=%s", type(error).__name__)
             await self._reader.drop()
+        finally:
+            self._released.set()
 
     async def _finish(self) -> None:
         """Answer what is still in the mailbox, where nothing comes in any more, and send what is still to be sent."""
+        await self._released.wait()
         try:
             for generation in [*self._undrained, self._generation]:
                 await self._drain(generation)
@@ -238,6 +263,8 @@ class Member:
             logger.warning("outbox_not_flushed")
 
     async def _join(self) -> None:
+        if self._watch.cluster is not None:
+            await self._watch.looked.wait()
         again = self.incarnations > 1
         low, high = BACKOFF_S
         delay = low
@@ -250,20 +277,41 @@ class Member:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
             delay = min(high, delay * 2)
 
+    async def _follow(self, sentinels: Sentinels) -> None:
+        """Leave a master that is one no more for the Sentinels, as soon as a peer's lease would end.
+
+        A master that was replaced goes on for some seconds (10 and more) before it is told. Who stays with it would
+        renew his lease there, while others, on the new one, see it end.
+        """
+        async with sentinels.connected() as clients:
+            while True:
+                await asyncio.sleep(self.lease_ttl_s * RENEW_EVERY * random.uniform(0.9, 1.0))  # noqa: S311
+                try:
+                    master = await sentinels.master(clients)
+                except REDIS_FAILURES:
+                    continue  # it may be the Sentinels that are gone
+                if self._reader.address not in (None, master):
+                    logger.warning("master_replaced")
+                    await self._reader.drop()
+                    if isinstance(self._lookups, Redis):
+                        await forget_places(self._lookups)
+                    if self._outbox is not None:
+                        await self._outbox.reconnect()
+
     async def aclose(self) -> None:
         """Close all connections, after `run()` has returned."""
-        for client in (self._reader, self._writer, self._lookups):
-            await client.aclose()
+        await self._reader.aclose()
+        await self._lookups.aclose()
 
     # -- the reader ------------------------------------------------------------------------------------------------
 
     async def _acquire(self) -> bool:
         incarnation = os.urandom(16).hex()
+        lease = self._keys.lease(incarnation)
+        await self._reader.aim(lease)
         before = monotonic()
         await self._load_scripts()
-        acquire = scripts.LEASE_ACQUIRE.command(
-            [self._keys.lease(incarnation)], [self._lease_ttl_ms, 1, orjson.dumps(self._info)]
-        )
+        acquire = scripts.LEASE_ACQUIRE.command([lease], [self._lease_ttl_ms, 1, orjson.dumps(self._info)])
         async with overdue(COMMAND_TIMEOUT_S):
             (acquired, time_ms), server, replication = await execute_all(
                 self._reader, [acquire, ("INFO", "server"), ("INFO", "replication")]
@@ -273,14 +321,27 @@ class Member:
         self.incarnation, self._generation = incarnation, 1
         self._undrained.clear()
         self.incarnations += 1
-        self._outbox = Outbox(self._writer, self._keys, self._keyring, incarnation, mailbox_limit=self._mailbox_limit)
+        self._watch.home = self._reader.node
+        self._outbox = Outbox(
+            self._make_line,
+            self._watch.cluster,
+            self._keys,
+            self._keyring,
+            incarnation,
+            mailbox_limit=self._mailbox_limit,
+        )
         self._outbox.on_owner_down = self._push_found_down
         self._inbox = Inbox(self._keyring, incarnation, self._deliver)
-        self._renewed(before, time_ms, run_id(server))
+        about = parse_info(server)
+        self._renewed(before, time_ms, about["run_id"])
         if self.incarnations == 1:
-            self.clock.known_since -= settled_for(server, replication)
+            self.clock.known_since -= settled_for(about, parse_info(replication))
         logger.info("lease_acquired incarnation=%s ttl_ms=%d", incarnation[:8], self._lease_ttl_ms)
         return True
+
+    def _make_line(self, node: str) -> Line:
+        cluster = self._watch.cluster
+        return self._clients.writer() if cluster is None else cluster.line(node)
 
     async def _load_scripts(self) -> None:
         for script in (scripts.LEASE_ACQUIRE, scripts.LEASE_RENEW):
@@ -314,6 +375,8 @@ class Member:
                 broken = True
                 self._broken()
                 await self._reader.drop()
+                if self._watch.cluster is not None and monotonic() > self._fence + self.lease_ttl_s * MARGIN:
+                    return  # another master may answer
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
                 delay = min(high, delay * 2)
 
@@ -354,21 +417,24 @@ class Member:
     async def _renew(self) -> bool:
         """Renew, and look at the leases of the peers we have something open with, in one round trip."""
         before = monotonic()
-        peers = list(self._watched)
+        peers = self._watch.peers_on(self._watch.home)
         commands: list[Sequence[Argument]] = [
             scripts.LEASE_RENEW.command([self._keys.lease(self.incarnation)], [self._lease_ttl_ms]),
             ("INFO", "server"),
+            *self._watch.questions(peers),
         ]
-        for peer in peers:
-            lease = self._keys.lease(peer)
-            commands += [("HGET", lease, "gen"), ("PTTL", lease)]
         async with overdue(COMMAND_TIMEOUT_S):
-            (alive, time_ms), server, *leases = await execute_all(self._reader, commands)
+            renewed, server, *leases = await execute_all(self._reader, commands, raise_on_error=False)
+        for answer in (renewed, server):
+            if isinstance(answer, RedisError):
+                raise answer
+        alive, time_ms = renewed
         if not alive:
             return False
-        self._renewed(before, time_ms, run_id(server))
-        for peer, generation, ttl_ms in zip(peers, leases[::2], leases[1::2], strict=True):
-            await self._look_at(peer, generation, ttl_ms)
+        self._watch.home = self._reader.node
+        self._renewed(before, time_ms, parse_info(server)["run_id"])
+        again = await self._watch.heard(peers, leases, self._reader)
+        self._wake_at = min(self._wake_at, again)
         return True
 
     def _renewed(self, before: float, time_ms: int, run_id: str) -> None:
@@ -381,45 +447,9 @@ class Member:
         if self.clock.observe(run_id, time_ms, monotonic()) and self.renewals > 1 and known != run_id:
             self._listener.redis_changed()
 
-    async def _look_at(self, peer: str, generation: bytes | None, ttl_ms: int) -> None:
-        if generation is not None:
-            self.outbox.note_generation(peer, int(generation))
-            # Look again just after this lease would end, if that is before the next renewal.
-            self._wake_at = min(self._wake_at, max(monotonic() + ttl_ms / 1000 + 0.005, monotonic() + 0.05))
-        elif peer not in self._told and self.absence_counts():
-            await self._peer_gone(peer)
-
-    async def _peer_gone(self, peer: str) -> None:
-        """Look into a dead worker's mailbox: what is still there was not run."""
-        channel = self.outbox.channel(peer)
-        unread: set[int] = set()
-        if channel is not None and channel.generation:
-            mailbox = self._keys.mailbox(peer, channel.generation)
-            own = bytes.fromhex(self.incarnation)
-            start = 0
-            while True:
-                async with overdue(COMMAND_TIMEOUT_S):
-                    page: list[bytes] = await execute(self._reader, "LRANGE", mailbox, start, start + POP_COUNT - 1)
-                for envelope in page:
-                    try:
-                        _, sender, counter = read_envelope_head(envelope)
-                    except SealError:
-                        continue
-                    if sender == own:
-                        unread.add(counter)
-                if len(page) < POP_COUNT:
-                    break
-                start += POP_COUNT
-        logger.info("peer_down peer=%s unread=%d", peer[:8], len(unread))
-        self.outbox.forget(peer)
-        self._told.add(peer)
-        self._listener.peer_down(peer, frozenset(unread))
-
     def _push_found_down(self, peer: str) -> None:
-        if peer in self._watched:
-            self._wake_at = 0.0  # the reader looks into the dead mailbox as soon as its pop ends
-        else:
-            self.outbox.forget(peer)
+        if self._watch.found_down(peer):
+            self._wake_at = 0.0  # as soon as the reader's pop ends
 
     async def _rotate(self) -> bool:
         """Open a new mailbox generation and drain the old ones: more than one, when this was interrupted before."""

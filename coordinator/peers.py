@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from .channel import Receipt
 from .client import scan_hashes, translated
+from .cluster import Cluster
 from .frames import Frame
 from .keys import Keys
 from .outbox import MAILBOX_TTL_MS
@@ -83,7 +84,7 @@ class PeerInfo:
     info: dict[str, Any]
 
 
-async def list_peers(client: Redis, keys: Keys) -> list[PeerInfo]:
+async def list_peers(client: Redis | Cluster, keys: Keys) -> list[PeerInfo]:
     """All workers with a lease, by incarnation. Raises `Unavailable`."""
     found: dict[str, PeerInfo] = {}
     async with translated("listing workers"):

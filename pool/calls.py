@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Protocol
@@ -12,7 +13,7 @@ import orjson
 from .errors import PoolError, UpstreamLost, UpstreamRefused
 from .jsonrpc import InvalidMessage, Message, RequestId, classify, parse
 from .link import Headers, Reply
-from .sse import EventSplitter, is_event_stream
+from .sse import EventSplitter, event_data, event_id, is_event_stream
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """Bytes of an answer, or of one event, above which a call is given up: it is held in memory."""
@@ -23,6 +24,11 @@ JSON_HEADERS: Final[Headers] = [
     (b"accept", b"application/json, text/event-stream"),
     (b"content-type", b"application/json"),
 ]
+
+CANNOT_RESUME: Final = frozenset({400, 410, 500})
+"""What servers say to the id of an event that they do not know, or if they know none."""
+SENDABLE: Final = re.compile(rb"[\x20-\x7e]{1,1024}")
+"""Ids of events that can stand in a header. There may be others, but nobody can ask for what came after them."""
 
 OnMessage = Callable[[Message], Awaitable[None]]
 """Takes what else comes on the stream of an answer: notifications, and requests of the server."""
@@ -108,13 +114,37 @@ async def answer(reply: Reply, id: RequestId, on_message: OnMessage | None = Non
     raise UpstreamLost("the upstream's answer is no JSON-RPC response to the call")
 
 
+class Place:
+    """How far a stream was read that is opened again and again, where its events have ids."""
+
+    __slots__ = ("_empty", "last_id")
+
+    def __init__(self) -> None:
+        self.last_id = b""
+        self._empty = 0
+
+    @property
+    def headers(self) -> Headers:
+        return [(b"last-event-id", self.last_id)] if SENDABLE.fullmatch(self.last_id) else []
+
+    def ended(self, *, empty: bool) -> None:
+        """A stream has ended. Twice in a row without a word is how some servers say that they do not know the id."""
+        self._empty = self._empty + 1 if empty else 0
+        if self._empty > 1:
+            self.last_id = b""
+
+
 @asynccontextmanager
 async def session_stream(
-    link: Listens, headers: Headers
+    link: Listens, headers: Headers, place: Place | None = None
 ) -> AsyncGenerator[tuple[int, AsyncGenerator[Message, None]], None]:
-    """Open the stream of messages that belong to no request: its status, and the messages. Raises `PoolError`."""
-    reply = await link.get([(b"accept", b"text/event-stream"), *headers])
-    messages = _messages(reply)
+    """Open the stream of messages that belong to no request, after `place`: its status, and the messages. Raises
+    `PoolError`."""
+    place = place or Place()
+    reply = await link.get([(b"accept", b"text/event-stream"), *headers, *place.headers])
+    if reply.status in CANNOT_RESUME:
+        place.last_id = b""
+    messages = _messages(reply, place)
     try:
         yield reply.status, messages
     finally:
@@ -122,12 +152,18 @@ async def session_stream(
         await reply.chunks.aclose()
 
 
-async def _messages(reply: Reply) -> AsyncGenerator[Message, None]:
+async def _messages(reply: Reply, place: Place) -> AsyncGenerator[Message, None]:
     splitter = EventSplitter(MAX_ANSWER)
+    is_empty = True
     async for chunk in reply.chunks:
-        for data in splitter.feed(chunk):
+        for block in splitter.blocks(chunk):
+            is_empty = False
             with suppress(InvalidMessage, ValueError, AttributeError):
-                yield classify(orjson.loads(data))
+                yield classify(orjson.loads(event_data(block)))
+            named = event_id(block)
+            if named is not None:
+                place.last_id = named
+    place.ended(empty=is_empty)
 
 
 async def _from_events(reply: Reply, id: RequestId, on_message: OnMessage | None) -> Message:  # noqa: A002

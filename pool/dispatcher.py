@@ -22,7 +22,7 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.transport_context import TransportContext
 from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, REQUEST_TIMEOUT, ErrorData
 
-from .calls import JSON_HEADERS, answer, notification, request, session_stream
+from .calls import JSON_HEADERS, Place, answer, notification, request, session_stream
 from .errors import CallTimeout, Outcome, PoolError, SessionClosed, SessionReleased, UpstreamRefused
 from .jsonrpc import SERVER_ERROR, Message, RequestId
 from .link import Headers, Reply
@@ -301,9 +301,10 @@ class LinkDispatcher:
 
     async def _listen(self) -> None:
         delay, longest = LISTEN_RETRY_S
+        place = Place()
         while not self._wire.is_closed:
             try:
-                async with session_stream(self._wire, self._version) as (status, messages):
+                async with session_stream(self._wire, self._version, place) as (status, messages):
                     if status == 405:  # it has no such stream
                         return
                     if status == 200:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 
 from .errors import CallTimeout
-from .jsonrpc import RequestId
+from .jsonrpc import Message, RequestId
 from .sse import event
 
 STREAM_BYTES = 8 << 20
@@ -40,7 +40,7 @@ class LineStream:
         """Whether even a lone response is sent as an event."""
         self.ended = False
         self.error: Exception | None = None
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[tuple[bytes, Message | None]] = deque()
         self._size = 0
 
     def __repr__(self) -> str:
@@ -55,11 +55,12 @@ class LineStream:
         """True when all it holds, and ever will, is the response, and that may go as plain JSON."""
         return self.ended and self.error is None and len(self._lines) == 1 and not self.as_events
 
-    def push(self, line: bytes, *, last: bool = False) -> bool:
-        """Add a line; false when the stream has ended or already holds its limit: then nothing was added."""
+    def push(self, line: bytes, head: Message | None = None, *, last: bool = False) -> bool:
+        """Add a line; false when the stream has ended or already holds its limit: then nothing was added. `head`: what
+        was read of it, of a line that may have to go elsewhere."""
         if self.ended or self._size >= self.limit:
             return False
-        self._lines.append(line)
+        self._lines.append((line, head))
         self._size += len(line)
         self.ended = last
         self.wake()
@@ -69,9 +70,13 @@ class LineStream:
         """Take the oldest line; None when there is none (now, or for good if `ended`)."""
         if not self._lines:
             return None
-        line = self._lines.popleft()
+        line, _ = self._lines.popleft()
         self._size -= len(line)
         return line
+
+    def undelivered(self) -> list[tuple[Message, bytes]]:
+        """Those lines that may go elsewhere, oldest first."""
+        return [(head, line) for line, head in self._lines if head is not None]
 
     def end(self, error: Exception | None = None, *, discard: bool = False) -> None:
         """Take no more lines; `error` is raised once those it holds were read (none of them with `discard`)."""

@@ -108,11 +108,15 @@ class Router:
             self.route(message, line)
 
     def leave(self, stream: LineStream) -> None:
-        """The client went away or gave up. The id of a request stays taken until its late response."""
+        """The client went away or gave up. The id of a request stays taken until its late response; what waited on the
+        GET stream goes where it would have gone without."""
+        undelivered = stream.undelivered()
         stream.end(discard=True)
         if stream.id is None:
             if self._listener is stream:
                 self._listener = None
+                for message, line in undelivered:
+                    self.route(message, line)
         elif self._open.get(stream.id) is stream:
             del self._open[stream.id]
             self._abandoned[stream.id] = stream
@@ -165,10 +169,10 @@ class Router:
                 return
         elif message.method == "notifications/cancelled":
             stream = _find(self._server_requests, message.params.get("requestId"))
-            if stream is not None and self._give(stream, line):
+            if stream is not None and self._give(stream, line, message):
                 return
         while (stream := self._any_stream()) is not None:
-            if self._give(stream, line):
+            if self._give(stream, line, message):
                 if message.kind == "request" and message.id is not None:
                     self._server_requests[message.id] = stream
                     if len(self._server_requests) > SERVER_REQUESTS:
@@ -196,9 +200,9 @@ class Router:
             return next(iter(self._open.values()))
         return self._listener
 
-    def _give(self, stream: LineStream, line: bytes) -> bool:
+    def _give(self, stream: LineStream, line: bytes, head: Message | None = None) -> bool:
         """Push a line that is not the last; a stream that is full ends here, so that no other waits for its client."""
-        if stream.push(line):
+        if stream.push(line, head if stream.id is None else None):
             return True
         if not stream.ended:
             self._end_slow(stream)

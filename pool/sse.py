@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 KEEPALIVE: Final = b": keepalive\n\n"
 """A comment: keeps proxies from closing a silent stream, and means nothing to clients."""
@@ -50,6 +50,11 @@ class EventSplitter:
         self._skipping = False
         self._after_cr = False
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the stream stands between two events."""
+        return not self._pending and not self._skipping
+
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The data of the events that `chunk` completes. To be iterated to its end."""
         for block in self.blocks(chunk):
@@ -81,6 +86,62 @@ class EventSplitter:
         if self._skipping or len(pending) > self._limit + 2:  # 2: as much of the blank line as may be here already
             del pending[:-3]
             self._skipping = self.overran = True
+
+
+class Piece(NamedTuple):
+    """A part of a stream, as the bytes it came as."""
+
+    data: bytes
+    is_event: bool
+    """One event, whole, with the blank line after it."""
+    ends: bool
+    """Whether the stream stands between two events after it."""
+
+
+class EventCutter:
+    """Cuts a byte stream into its events and changes nothing; an event above `limit` bytes comes in several pieces."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pending = bytearray()
+        self._torn = False
+
+    def feed(self, chunk: bytes) -> Iterator[Piece]:
+        """The events that `chunk` completes. To be iterated to its end."""
+        pending = self._pending
+        start = max(0, len(pending) - 3)
+        pending += chunk
+        consumed = 0
+        while match := _BLANK.search(pending, max(start, consumed)):
+            piece = Piece(bytes(pending[consumed : match.end()]), not self._torn, ends=True)
+            consumed = match.end()
+            self._torn = False
+            yield piece
+        del pending[:consumed]
+        if len(pending) > 3 and (self._torn or len(pending) > self._limit):
+            self._torn = True
+            piece = Piece(bytes(pending[:-3]), is_event=False, ends=False)
+            del pending[:-3]
+            yield piece
+
+    def rest(self) -> bytes:
+        """What has come of an event that is not complete; it is given once."""
+        rest = bytes(self._pending)
+        self._pending.clear()
+        return rest
+
+
+def event_id(block: bytes) -> bytes | None:
+    """The id that an event sets; None where it sets none."""
+    if not (block.startswith(b"id:") or b"\nid:" in block or b"\rid:" in block):
+        return None
+    ids = [line[3:].removeprefix(b" ") for line in block.splitlines() if line.startswith(b"id:")]
+    return next((each for each in reversed(ids) if b"\0" not in each), None)
+
+
+def has_data(block: bytes) -> bool:
+    """Whether an event says something: others only set an id or a time, or are comments."""
+    return block.startswith(b"data:") or b"\ndata:" in block or b"\rdata:" in block
 
 
 def event_data(block: bytes) -> bytes:

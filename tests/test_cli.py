@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import aiohttp
 import pytest
-from fleet import Running, run_example, run_gateway, write_config
+from fleet import SECRET, Running, run_example, run_gateway, write_config
 from leasehold import __version__
 from leasehold.coordinator.embedded import EmbeddedRedis
 from leasehold.workers import cli
@@ -94,6 +95,10 @@ class TestHelp:
             ("workers ls", ["--redis", "$LEASEHOLD_REDIS_URL", "--json"]),
             ("sessions", ["ls"]),
             ("sessions ls", ["--redis", "$LEASEHOLD_REDIS_URL", "--json"]),
+            ("sessions show", ["SESSION", "--redis", "--json"]),
+            ("sessions move", ["SESSION", "--to", "WORKER"]),
+            ("sessions evict", ["SESSION"]),
+            ("drain", ["WORKER", "--wait", "SECONDS", "--json"]),
             ("config", ["check"]),
             ("config check", ["CONFIG", "$LEASEHOLD_CONFIG", "mcp.json", "--json"]),
         ],
@@ -127,6 +132,9 @@ class TestWrongUse:
             ("workers frobnicate", "frobnicate"),
             ("sessions ls extra", "extra"),
             ("workers ls", "LEASEHOLD_REDIS_URL: expected the Redis URL of the fleet (or --redis URL)"),
+            ("drain abc", "LEASEHOLD_REDIS_URL: expected the Redis URL of the fleet (or --redis URL)"),
+            ("drain abc --redis redis://127.0.0.1:1", "LEASEHOLD_SECRET: expected the secret of the fleet"),
+            ("sessions move abc --redis redis://127.0.0.1:1", "LEASEHOLD_SECRET: expected the secret of the fleet"),
             ("sessions ls --json", "LEASEHOLD_REDIS_URL: expected the Redis URL of the fleet (or --redis URL)"),
         ],
     )
@@ -218,9 +226,10 @@ class TestListings:
         workers = run_command("workers", "ls", LEASEHOLD_REDIS_URL=url)
         assert (workers.code, workers.err) == (0, "")
         head, *rows = columns(workers.out)
-        assert head == ["worker", "host", "pid", "started", "lease"]
+        assert head == ["worker", "role", "host", "pid", "started", "lease"]
         read = json.loads(run_command("workers", "ls", "--json", "--redis", url).out)
-        assert [[row["incarnation"][:8], row["host"], str(row["pid"])] for row in read] == [row[:3] for row in rows]
+        shown = [[row["incarnation"][:8], "worker", row["host"], str(row["pid"])] for row in read]
+        assert shown == [row[:4] for row in rows]
         assert {row["index"] for row in read} == {0, 1}
         assert all(
             f"[{row['pid']}] worker_ready incarnation={row['incarnation'][:8]}" in gateway.output() for row in read
@@ -242,3 +251,40 @@ class TestListings:
         assert session.session_id not in shown
         assert TOKEN not in shown
         assert session.session_id not in gateway.output()
+
+    async def test_operations_act_on_what_runs(self, listed: tuple[Running, str, RawSession]) -> None:
+        """B46: a client notices nothing of a move or a drain."""
+        gateway, url, session = listed
+
+        async def command(*words: str, secret: str = SECRET) -> Result:
+            env = {"LEASEHOLD_REDIS_URL": url, "LEASEHOLD_SECRET": secret}
+            return await asyncio.to_thread(lambda: run_command(*words, **env))
+
+        async def owner() -> str:
+            shown = await command("sessions", "show", session.key[:12], "--json")
+            assert (shown.code, shown.err) == (0, "")
+            return json.loads(shown.out)["owner"]
+
+        assert (await session.call("increment")).text == "1"
+        first = await owner()
+        moved = await command("sessions", "move", session.key[:12])
+        second = await owner()
+        assert moved == Result(0, f"{session.key[:12]}: {first[:8]} -> {second[:8]}\n", "")
+        assert first != second
+        assert (await session.call("increment")).text == "2"
+        back = await command("sessions", "move", session.key, "--to", first[:8])
+        assert (back.code, await owner()) == (0, first)
+        drained = await command("drain", first[:8], "--wait", "10")
+        assert (drained.code, drained.err) == (0, "")
+        assert drained.out.startswith(f"{first[:8]}: drained; 0 sessions are left on it")
+        assert (await session.call("increment")).text == "3"
+        assert await owner() == second
+        assert len(json.loads((await command("workers", "ls", "--json")).out)) == 2
+        wrong = await command("sessions", "evict", session.key, secret="another secret that is long enough")
+        assert (wrong.code, wrong.out) == (1, "")
+        assert "did not answer" in wrong.err
+        evicted = await command("sessions", "evict", session.key[:12])
+        assert evicted == Result(0, f"{session.key[:12]}: ended\n", "")
+        assert (await session.post({"jsonrpc": "2.0", "id": "gone", "method": "ping"})).status == 404
+        assert (await command("sessions", "show", session.key[:12])).err.startswith("leasehold: ")
+        assert "Traceback" not in gateway.output()

@@ -395,7 +395,7 @@ async def test_without_redis_a_call_is_refused_at_once_and_nothing_waits(redis_u
     """B35"""
     keyring = Keyring.random()
     async with running(Node(redis_url, keyring)) as caller:
-        caller.member.outbox.available = False
+        caller.member.outbox.close()  # it takes nothing more
         with pytest.raises(Unavailable):
             await caller.forwarder.forward(
                 Registration("ab" * 16, 1), SESSION, scope(), b"", Client().receive, Client().send

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from faults import Mode, eventually, proxied
 from leasehold.coordinator import RedisClients, Unavailable, list_peers
-from leasehold.coordinator.client import settled_for
+from leasehold.coordinator.client import parse_info, settled_for
 from leasehold.coordinator.embedded import EmbeddedRedis
 from leasehold.coordinator.frames import Frame, FrameType
 from members import KEYS, LEASE_MS, PER_MEMBER, Peer, Routed, fleet, one_of, two_of
@@ -291,9 +291,10 @@ class TestPeers:
             async with one_of(server.url, lease_ttl_ms=1500) as peer:
                 assert peer.member.absence_counts()
         # A replica that was promoted may lack what was written last, and does not say since when.
-        assert settled_for(b"uptime_in_seconds:500\r\n", b"role:master\r\nsecond_repl_offset:17\r\n") == 0
-        assert settled_for(b"uptime_in_seconds:500\r\n", b"role:slave\r\nsecond_repl_offset:-1\r\n") == 0
-        assert settled_for(b"uptime_in_seconds:500\r\n", b"role:master\r\nsecond_repl_offset:-1\r\n") == 499
+        up = parse_info(b"# Server\r\nuptime_in_seconds:500\r\n")
+        assert settled_for(up, parse_info(b"role:master\r\nsecond_repl_offset:17\r\n")) == 0
+        assert settled_for(up, parse_info(b"role:slave\r\nsecond_repl_offset:-1\r\n")) == 0
+        assert settled_for(up, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == 499
 
 
 class TestMailbox:

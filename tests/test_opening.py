@@ -18,8 +18,8 @@ from leasehold.workers.asgi import Scope
 from leasehold.workers.errors import Disconnected
 from leasehold.workers.identity import Caller, Identity
 from leasehold.workers.opening import Opening
+from leasehold.workers.owned import Owned
 from leasehold.workers.request import Request
-from leasehold.workers.sessions import Owned
 
 pytestmark = pytest.mark.anyio
 
@@ -53,6 +53,7 @@ class FakeSessions:
         self.failure: Exception | None = None
         self.owners: list[asyncio.Task[None]] = []
         self.session: PooledSession | None = None
+        self.draining = False
 
     async def open(self, key: str, upstream: Upstream, principal: str) -> Owned:
         self.session = session = PooledSession(key, upstream, principal)

@@ -15,6 +15,16 @@ from whole_workers import VERSION, Client, worker
 pytestmark = pytest.mark.anyio
 
 
+def tool(name: str, **annotations: Any) -> dict[str, Any]:
+    return {"name": name, "inputSchema": {"type": "object"}, "annotations": annotations}
+
+
+LISTED: dict[str | None, dict[str, Any]] = {
+    None: {"tools": [tool("reads", readOnlyHint=True), tool("writes", readOnlyHint=False)], "nextCursor": "more"},
+    "more": {"tools": [tool("settles", idempotentHint=True)]},
+}
+
+
 class Recorder:
     """An upstream that notes each request it gets."""
 
@@ -26,10 +36,14 @@ class Recorder:
         if request.method == "DELETE":
             return web.Response()
         message = orjson.loads(await request.read())
+        if "id" not in message:
+            return web.Response(status=202)
         result: Any = {"protocolVersion": VERSION, "capabilities": {}, "serverInfo": {"name": "s", "version": "1"}}
         if message["method"] != "initialize":
             self.got.append((message["method"], message["id"]))
             result = {"times": len(self.got)}
+        if message["method"] == "tools/list":
+            result |= LISTED[message["params"].get("cursor")]
         body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
         return web.json_response(body, headers={"mcp-session-id": "one"})
 
@@ -75,7 +89,7 @@ async def test_b8_a_safe_call_is_repeated_under_another_id(
         client.worker = two
         lose_first_answer(two)
         status, answer = await client.send("POST", method, params)
-        assert (status, answer["id"], answer["result"]) == (200, 2, {"times": 2})
+        assert (status, answer["id"], answer["result"]["times"]) == (200, 2, 2)
         (_, first), (_, second) = recorder.got
         assert first == 2, "what is not repeated keeps its id"
         assert second not in (first, None), "the first one may still be running under its own"
@@ -93,3 +107,39 @@ async def test_b8_a_call_that_changes_something_is_not_repeated(redis_url: str, 
         assert (status, answer["error"]["data"]) == (200, {"outcome": "unknown"})
         assert len(recorder.got) == 1
         assert two.affinity.repeated == 0
+
+
+@pytest.mark.parametrize("affinity", ["session", "principal"])
+@pytest.mark.parametrize(("name", "runs"), [("reads", 2), ("settles", 2), ("writes", 1), ("unlisted", 1)])
+async def test_b8_a_tool_that_the_server_declares_harmless_is_repeated_for_who_has_seen_it_declared(
+    redis_url: str, recorder: Recorder, affinity: str, name: str, runs: int
+) -> None:
+    servers = {"counter": {"url": recorder.url, "leasehold": {"affinity": affinity}}}
+    async with worker(redis_url, servers) as one, worker(redis_url, servers) as two:
+        client = Client(one)
+        await client.initialize()
+        client.worker = two
+        call = ("POST", "tools/call", {"name": name})
+
+        async def ran(client: Client) -> int:
+            recorder.got.clear()
+            lose_first_answer(two)
+            status, answer = await client.send(*call)
+            assert (status, "error" in answer) == (200, len(recorder.got) == 1)
+            return len(recorder.got)
+
+        assert await ran(client) == 1, "nobody has seen it declared"
+        await client.send("POST", "tools/list", {})
+        await client.send("POST", "tools/list", {"cursor": "more"})
+        assert await ran(client) == runs
+        other = Client(one, headers=[(b"authorization", b"Bearer other")])
+        await other.initialize()
+        other.worker = two
+        assert await ran(other) == 1, "another principal may be told something else"
+        before = LISTED[None]
+        try:
+            LISTED[None] = {"tools": []}
+            await client.send("POST", "tools/list", {})
+        finally:
+            LISTED[None] = before
+        assert await ran(client) == 1, "a new list says otherwise"

@@ -927,6 +927,27 @@ def test_what_a_slow_client_cannot_take_goes_to_another() -> None:
     assert router.statistics().slow_streams == router.statistics().late_responses == 1
 
 
+def test_b43_what_a_listener_did_not_get_before_it_left_goes_to_the_next_one() -> None:
+    router, listener, again, asked = Router(), LineStream(), LineStream(), LineStream(1)
+    lines = [message(notification("notifications/n", n=number)) for number in range(4)]
+    opened(router, listener)
+    for each in lines[:3]:
+        router.route(*each)
+    assert listener.pop() == lines[0][1]
+    router.leave(listener)
+    assert router.statistics().backlog == 2
+    router.route(*lines[3])
+    opened(router, again)
+    assert [again.pop() for _ in range(4)] == [line for _, line in lines[1:]] + [None]
+    router.route(*message(request("roots/list", 5)))
+    opened(router, asked)
+    router.leave(again)
+    assert len(asked) == 1, "the server's request, for whoever can answer it"
+    router.leave(again)
+    router.end("it ended")
+    router.leave(asked)
+
+
 def test_a_message_larger_than_the_limit_passes_when_nothing_waits() -> None:
     stream = LineStream(1)
     assert stream.push(b"x" * (2 * STREAM_BYTES))

@@ -30,7 +30,9 @@ from .errors import NotRun, OutcomeUnknown
 from .exchange import REPEAT
 from .forwarder import Forwarder
 from .guard import Guard
-from .sessions import Opens, Owned, Sessions
+from .owned import Opens, Owned
+from .placement import Placement
+from .sessions import Sessions
 
 logger = logging.getLogger("leasehold.workers.affinity")
 
@@ -43,6 +45,7 @@ BACKOFF_S: Final = (0.02, 0.2)
 HOLD_MARGIN_S: Final = 0.5
 """A request waits this much longer than a lease for what may only be late: by then it is there, or its absence is
 evidence."""
+LOOK_AGAIN_S: Final = 0.05
 MAX_ROUTES_KEPT: Final = 100_000
 
 
@@ -71,10 +74,13 @@ Serve = Callable[[Owned, Call, Receive, Send], Awaitable[None]]
 class Affinity:
     """Routes calls. Keeps a bounded cache of owners: a wrong entry costs a NACK, never a wrong execution."""
 
-    def __init__(self, member: Member, sessions: Sessions, forwarder: Forwarder, serve: Serve) -> None:
+    def __init__(
+        self, member: Member, sessions: Sessions, forwarder: Forwarder, placement: Placement, serve: Serve
+    ) -> None:
         self._member = member
         self._sessions = sessions
         self._forwarder = forwarder
+        self._placement = placement
         self._serve = serve
         self._routes: dict[str, Registration] = {}
         self._resolving: dict[str, asyncio.Task[Owned | Registration | None]] = {}
@@ -145,15 +151,20 @@ class Affinity:
 
     # -- finding the owner -----------------------------------------------------------------------------------------
 
-    async def _resolve(self, call: Call) -> Owned | Registration:
-        """Who owns the session now; at most one look-up per session is under way. Raises `Refused`."""
-        task = self._resolving.get(call.key)
+    async def locate(self, key: str, opens: Opens | None = None) -> Owned | Registration | None:
+        """Who owns a session now: this worker, if it has adopted or (`opens`) begun it, where nobody did. None: there
+        is no such session. At most one look-up per session is under way. Raises `Unavailable` and `PoolError`."""
+        task = self._resolving.get(key)
         if task is None:
-            task = asyncio.ensure_future(self._find(call.key, call.opens))
-            self._resolving[call.key] = task
-            task.add_done_callback(lambda done: self._resolved(call.key, done))
+            task = asyncio.ensure_future(self._find(key, opens))
+            self._resolving[key] = task
+            task.add_done_callback(lambda done: self._resolved(key, done))
+        return await asyncio.shield(task)
+
+    async def _resolve(self, call: Call) -> Owned | Registration:
+        """`locate`, for an answer to the client. Raises `Refused`."""
         try:
-            found = await asyncio.shield(task)
+            found = await self.locate(call.key, call.opens)
         except Unavailable as error:
             raise unavailable("Redis does not answer: the session's owner cannot be found", call.id) from error
         except PoolError as error:
@@ -173,18 +184,26 @@ class Affinity:
             owned = self._sessions.get(key)
             if owned is not None:
                 return owned
-            found = await self._look(key)
+            found = _Absent(None) if self._sessions.is_leaving(key) else await self._look(key)
             if not isinstance(found, _Absent):
                 return found
-            if found.certain or (self._member.absence_counts() and await self._member.sees_known_node()):
+            if not self._sessions.is_leaving(key) and (
+                found.certain or await self._member.believes_absence(key, found.record)
+            ):
                 decided = await self._absent(found.record)
                 if decided is None and opens is not None:
-                    decided = await self._sessions.open_shared(key, opens) or await self._look(key)
+                    decided = await self._open(key, opens)
                 if not isinstance(decided, _Absent):
                     return decided
             if asyncio.get_running_loop().time() > until:
                 raise Unavailable("absence is not evidence yet")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def _open(self, key: str, opens: Opens) -> Owned | Registration | _Absent | None:
+        """Begin a shared session: here, or, when this worker takes no more, at another."""
+        if self._sessions.draining:
+            return await self._placement.opened(key, opens) or _Absent(None)
+        return await self._sessions.open_shared(key, opens) or await self._look(key)
 
     async def _look(self, key: str) -> Owned | Registration | _Absent:
         member = self._member
@@ -216,6 +235,8 @@ class Affinity:
                 return await self._look(record.key)
             logger.info("pinned_session_ended session=%s", record.key[:8])
             return None
+        if self._sessions.draining:
+            return await self._placement.adopted(record.key) or await self._look(record.key)
         try:
             adopted = await self._sessions.adopt(record)
         except SealError:

@@ -117,3 +117,24 @@ class until_disconnect:  # noqa: N801
             pass
         self._left = True
         self._task.cancel()
+
+
+class Kept:
+    """Takes a response to a request of our own, instead of sending it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], message["headers"]
+        else:
+            self.body += message.get("body", b"")
+
+
+async def silent() -> Message:
+    """The `receive` of a request of our own, whose body is known and whose client does not leave."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError

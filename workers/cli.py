@@ -6,9 +6,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import orjson
 import typer
@@ -23,14 +23,17 @@ from .errors import ServeError
 from .logs import configure_logs
 from .settings import Settings, SettingsError, load_settings
 
+if TYPE_CHECKING:
+    from .operator import Operator
+
 T = TypeVar("T")
 
 MACHINE_WIDTH: Final = 1000
 """Where no terminal says how wide it is, lines are whole: they are for grep."""
 
 
-class ListingError(Exception):
-    """Raised when there is no list because Redis does not answer; the message is for the operator."""
+class CommandError(Exception):
+    """Raised when a command did not do what it is for; the message is for the operator."""
 
 
 app = typer.Typer(
@@ -96,6 +99,61 @@ def serve(
     raise typer.Exit(Supervisor(settings, loaded).run())
 
 
+WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="As `workers ls` shows it, or its beginning.")]
+SessionName = Annotated[str, typer.Argument(metavar="SESSION", help="As `sessions ls` shows it, or its beginning.")]
+
+
+@app.command()
+def drain(
+    worker: WorkerName,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until nothing is left on it.")] = 0,
+    redis: RedisUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Have WORKER take no more sessions, and hand those that can move to the others.
+
+    It goes on to live, and to serve what cannot move (stdio, SSE), until it is stopped. Exit code 1 if something is
+    left on it when the time to wait is over.
+    """
+    settings = _operator_settings(redis)
+    peer, status = _operate(settings, lambda operator: operator.drain(worker, wait))
+    if as_json:
+        _print_json({"incarnation": peer.incarnation, **status})
+    else:
+        left = f"{status['sessions']} sessions are left on it, {status['pinned']} of them pinned"
+        print(f"{peer.incarnation[:8]}: drained; {left}, and {status['in_flight']} calls and streams in flight")
+    if wait and (status["sessions"] or status["in_flight"]):
+        raise typer.Exit(1)
+
+
+@sessions_app.command("show")
+def show_session(session: SessionName, redis: RedisUrl = None, as_json: Json = False) -> None:
+    """Show what is known of SESSION, and what its owner says of it."""
+    shown = _operate(_operator_settings(redis), lambda operator: operator.show(session))
+    if as_json:
+        _print_json(shown)
+    else:
+        _print_table(["", ""], [[name, value] for name, value in shown.items()])
+
+
+@sessions_app.command("move")
+def move_session(
+    session: SessionName,
+    to: Annotated[str | None, typer.Option(metavar="WORKER", help="Where to. [default: any other]")] = None,
+    redis: RedisUrl = None,
+) -> None:
+    """Have another worker continue SESSION. Calls that run go on to their answers; clients notice nothing."""
+    record, owner = _operate(_operator_settings(redis), lambda operator: operator.move(session, to))
+    print(f"{record.key[:12]}: {record.registration.owner[:8] or '-'} -> {owner[:8]}")
+
+
+@sessions_app.command("evict")
+def evict_session(session: SessionName, redis: RedisUrl = None) -> None:
+    """End SESSION, here and at its server. Its client gets 404, and has to initialize again."""
+    record = _operate(_operator_settings(redis), lambda operator: operator.evict(session))
+    print(f"{record.key[:12]}: ended")
+
+
 @workers_app.command("ls")
 def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
     """List the workers that have a lease."""
@@ -108,14 +166,16 @@ def list_workers(redis: RedisUrl = None, as_json: Json = False) -> None:
         return [{"incarnation": peer.incarnation, "lease_ms": peer.lease_ms, **peer.info} for peer in peers]
 
     rows = _read(read(), settings)
+    rows = [row for row in rows if row.get("role") != "operator"]
     if as_json:
         _print_json(rows)
         return
     _print_table(
-        ["worker", "host", "pid", "started", "lease"],
+        ["worker", "role", "host", "pid", "started", "lease"],
         [
             [
                 row["incarnation"][:8],
+                row.get("role", ""),
                 row.get("host", ""),
                 row.get("pid", ""),
                 row.get("started", ""),
@@ -200,7 +260,7 @@ def main() -> int:
         app()  # exits by itself, with typer's own message for a wrong flag
     except (ConfigError, SettingsError) as error:
         return _fail(str(error), 2)
-    except (ServeError, EmbeddedRedisError, ListingError) as error:
+    except (ServeError, EmbeddedRedisError, CommandError) as error:
         return _fail(str(error), 1)
     return 0
 
@@ -218,12 +278,38 @@ def _redis_url(settings: Settings) -> str:
     return settings.redis_url.get_secret_value()
 
 
+def _operator_settings(redis: str | None) -> Settings:
+    settings = load_settings(os.environ, serving=False, redis_url=redis)
+    _redis_url(settings)
+    if not settings.secret:
+        raise SettingsError(
+            "LEASEHOLD_SECRET: expected the secret of the fleet: what is asked of its workers is sealed with it"
+        )
+    return settings
+
+
+def _operate(settings: Settings, work: Callable[[Operator], Awaitable[T]]) -> T:
+    """Be a member of the fleet for one command."""
+    from .control_client import ControlError
+    from .operator import operator
+
+    async def working() -> T:
+        async with operator(settings, RedisClients(_redis_url(settings))) as member:
+            return await work(member)
+
+    configure_logs("error", settings.log_format)
+    try:
+        return _read(working(), settings)
+    except ControlError as error:
+        raise CommandError(str(error)) from None
+
+
 def _read(reading: Coroutine[Any, Any, T], settings: Settings) -> T:
     try:
         return asyncio.run(reading)
     except CoordinatorError as error:
         place = RedisClients(_redis_url(settings)).place
-        raise ListingError(f"Redis at {place} does not answer: {error}") from None
+        raise CommandError(f"Redis at {place} does not answer: {error}") from None
 
 
 def _print_json(value: Any) -> None:

@@ -19,7 +19,11 @@ from ..coordinator.frames import Frame
 from ..pool import SessionPool, Upstream
 from ..pool.statistics import PoolStatistics
 from .affinity import Affinity
+from .asgi import Receive, Scope, Send
+from .control import Control
+from .exchange import CONTROL, HOP
 from .forwarder import Forwarder, ForwarderStatistics
+from .placement import Placement
 from .serving import Serving
 from .sessions import Sessions
 
@@ -40,6 +44,7 @@ class WorkerStatistics:
     """How many it has had: each but the first means a lease that was lost."""
     sessions_owned: int
     sessions_adopted: int
+    sessions_handed_off: int
     sessions_lost: int
     """To other workers, while the lease was over."""
     calls_local: int
@@ -65,10 +70,11 @@ class WorkerCore:
         max_body_bytes: int,
         ephemeral: bool = False,
         index: int = 0,
+        role: str = "worker",
         pool: SessionPool | None = None,
     ) -> None:
         """`ephemeral`: Redis ends with this process group, so a stop ends sessions upstream: nobody could adopt
-        them."""
+        them. `role`: what kind of member it is; sessions move among those of one kind."""
         self.upstreams = upstreams
         self.ephemeral = ephemeral
         self.grace_s = grace_s
@@ -77,14 +83,17 @@ class WorkerCore:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "index": index,
+            "role": role,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.pool = pool or SessionPool()
         self.member = Member(redis, Keys(namespace), keyring, self, lease_ttl_ms=lease_ttl_ms, info=info)
         self.sessions = Sessions(self.member, self.pool, keyring, upstreams)
-        self.serving = Serving(self.sessions, max_body_bytes=max_body_bytes)
-        self.forwarder = Forwarder(self.member, self.sessions, self.serving.serve_hop)
-        self.affinity = Affinity(self.member, self.sessions, self.forwarder, self.serving.serve)
+        self.serving = Serving(self.sessions, self.member.events, max_body_bytes=max_body_bytes)
+        self.forwarder = Forwarder(self.member, self.sessions, self._serve_hop)
+        self.placement = Placement(self.member, self.sessions, self.forwarder, role)
+        self.affinity = Affinity(self.member, self.sessions, self.forwarder, self.placement, self.serving.serve)
+        self.control = Control(self.sessions, self.affinity, self.placement, upstreams, self.hand_off)
         self.is_draining = False
         self._health_due = asyncio.Event()
         self.pool.breakers.on_due = self._health_due.set
@@ -106,6 +115,7 @@ class WorkerCore:
             incarnations=self.member.incarnations,
             sessions_owned=len(self.sessions.all()),
             sessions_adopted=self.sessions.adopted,
+            sessions_handed_off=self.sessions.handed_off,
             sessions_lost=self.sessions.lost,
             calls_local=self.affinity.local,
             calls_forwarded=self.affinity.forwarded,
@@ -172,6 +182,12 @@ class WorkerCore:
             loop = asyncio.get_running_loop()
             self._handing_off = loop.create_task(self._hand_off(), name="leasehold-hand-off")
 
+    async def hand_off(self) -> None:
+        """`drain`, and return when what can move was handed off."""
+        self.drain()
+        if self._handing_off is not None:
+            await asyncio.shield(self._handing_off)
+
     async def _hand_off(self) -> None:
         try:
             await self.sessions.hand_off()
@@ -179,10 +195,13 @@ class WorkerCore:
             logger.warning("sessions_not_handed_off error=%s", error)
 
     async def _stop(self) -> None:
-        self.drain()
-        if self._handing_off is not None:
-            await self._handing_off
+        await self.hand_off()
+        self.serving.takes_streams = False
         await self.forwarder.drain(self.grace_s)
+
+    async def _serve_hop(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.control if scope[HOP].session == CONTROL else self.serving.serve_hop
+        await app(scope, receive, send)
 
     async def _wait_joined(self) -> None:
         try:

@@ -36,6 +36,9 @@ CREDIT_EVERY: Final = MAX_BODY
 HOP: Final = "leasehold.hop"
 """Scope key of a request that came by a hop; a client cannot set it. Its value is the `RequestHead`."""
 
+CONTROL: Final = "control"
+"""Stands for a session key in a request that is meant for the worker itself: keys are SHA-256 sums, so none is this."""
+
 REPEAT: Final = "leasehold.repeat"
 """Scope key of a request of which an earlier try may have run: upstream it needs an id of its own."""
 

@@ -22,7 +22,7 @@ from .answers import Refused
 from .asgi import Message as AsgiMessage
 from .errors import BrokenOff, Disconnected
 from .guard import Guard
-from .sessions import Opens
+from .owned import Opens
 from .shared import CALLBACKS
 
 MAX_BEHIND: Final = 16

@@ -28,7 +28,7 @@ from ..coordinator.frames import (
 )
 from .asgi import ASGIApp, Receive, Scope, Send, until_disconnect
 from .errors import BrokenOff, Disconnected, NotRun, OutcomeUnknown
-from .exchange import REPEAT, CallerExchange, OwnerExchange, nack, read_nack
+from .exchange import CONTROL, REPEAT, CallerExchange, OwnerExchange, nack, read_nack
 
 logger = logging.getLogger("leasehold.workers.forwarder")
 
@@ -170,11 +170,12 @@ class Forwarder:
 
     def _request_head(self, to: Registration, key: str, scope: Scope) -> RequestHead:
         client = scope.get("client")
+        clock = self._member.clock_of(to.owner)
         return RequestHead(
             session=key,
             epoch=to.epoch,
-            expires_ms=self._member.clock.time_ms() + REQUEST_EXPIRY_MS,
-            clock=self._member.clock.node,
+            expires_ms=clock.time_ms() + REQUEST_EXPIRY_MS,
+            clock=clock.node,
             method=scope["method"],
             scheme=scope.get("scheme", "http"),
             path=scope["path"],
@@ -227,7 +228,7 @@ class Forwarder:
         clock = self._member.clock
         if head.clock != clock.node or head.expires_ms < clock.time_ms():
             return "expired", None
-        refusal = self._ownership.refuse(head)
+        refusal = None if head.session == CONTROL else self._ownership.refuse(head)
         if refusal is None and not self._member.may_write():
             return "fenced", None
         return refusal

@@ -16,7 +16,7 @@ import anyio
 import orjson
 
 from ..coordinator import session_key
-from ..pool import Message, SessionPool, Upstream
+from ..pool import HttpTarget, Message, SessionPool, Upstream
 from ..pool.jsonrpc import INVALID_REQUEST
 from ..pool.sse import event
 from . import door
@@ -40,11 +40,13 @@ from .guard import Guard
 from .identity import Identity
 from .keepalive import StreamKeeper
 from .opening import Opening
+from .reattach import Streams
 from .relay import relay_get, relay_post
 from .request import Request
 from .sessions import Sessions
 from .shared_edge import SharedEdge
 from .telemetry import Telemetry
+from .tool_hints import ToolHints
 
 logger = logging.getLogger("leasehold.workers.gateway")
 
@@ -69,17 +71,20 @@ class Gateway:
         *,
         max_body_bytes: int,
         max_waiting: int,
+        lease_ttl_s: float,
     ) -> None:
         self._upstreams = upstreams
         self._pool = pool
-        self._affinity = affinity
+        self._sessions = sessions
+        self._streams = Streams(affinity, telemetry.reattached, lease_ttl_s=lease_ttl_s)
         self._identity = identity
         self._door = entry
         self._keeper = keeper
         self._telemetry = telemetry
         self._opening = Opening(sessions, identity, max_body_bytes=max_body_bytes)
         self._eras = Eras()
-        self._shared = SharedEdge(pool, identity, affinity)
+        self._hints = ToolHints()
+        self._shared = SharedEdge(pool, identity, self._streams, self._hints)
         self._max_body_bytes = max_body_bytes
         self._max_waiting = max_waiting
         self._listening: set[anyio.CancelScope] = set()
@@ -141,6 +146,8 @@ class Gateway:
                 await self._listen(request, guard)
             else:
                 await self._route(request, guard)
+            if message is not None and message.method == "tools/list":
+                self._hints.learn(upstream, caller.principal, message.params, guard.result)
         except Refused as refusal:
             refusal.id = refusal.id if refusal.id is not None else request_id
             await refusal.send(guard.send)
@@ -164,7 +171,8 @@ class Gateway:
             self._telemetry.answered(name if name in self._upstreams else "", scope["method"], guard)
 
     def end_streams(self) -> None:
-        """End every GET stream that clients hold here: they open them again, at another worker."""
+        """End every GET stream that clients hold here: they open them again, at another worker, after the last event
+        that they got."""
         self._ending = True
         for scope in list(self._listening):
             scope.cancel()
@@ -203,12 +211,12 @@ class Gateway:
         if version is not None and is_unknown and (session_id is not None or message is None or request.initializes):
             raise unsupported_version(version, HANDSHAKE_VERSIONS)
         if upstream.affinity != "session":
-            if request.initializes and not self.ready:
+            if request.initializes and not (self.ready or self._sessions.draining):
                 raise unavailable("This worker takes no new sessions")
             await self._shared.route(request, guard)
         elif message is not None and request.initializes and session_id is None:
             # Whatever version its header names: an upstream that takes it opens a session.
-            if not self.ready:
+            if not self._opens(upstream):
                 raise unavailable("This worker takes no new sessions")
             await self._opening.open(request, message, guard.send)
         elif version is not None and version not in HANDSHAKE_VERSIONS:
@@ -216,11 +224,15 @@ class Gateway:
         elif session_id is not None:
             if not self._identity.issued(session_id, upstream.name, request.caller.bound):
                 raise session_not_found()
-            safe = is_safe(message, upstream.idempotent_tools)
+            safe = is_safe(message, self._hints.safe(upstream, request.caller.principal))
             call = Call(session_key(session_id.decode()), request.scope, message, request.body, safe)
-            await self._affinity.dispatch(call, request.receive, guard)
+            await self._streams.dispatch(call, request.receive, guard, call_timeout_s=upstream.call_timeout_s)
         else:
             await self._serve_sessionless(request, guard.send)
+
+    def _opens(self, upstream: Upstream) -> bool:
+        """Whether a session may begin here: also while this worker drains, if another one can go on with it."""
+        return self.ready or (self._sessions.draining and isinstance(upstream.target, HttpTarget))
 
     async def _break_off(self, guard: Guard, message: str) -> None:
         """An answer cannot be completed. A stream can still say so; anything else is left unfinished, so that the

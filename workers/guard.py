@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import monotonic
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ..pool.jsonrpc import InvalidMessage, Message, parse
-from ..pool.sse import EventSplitter
+from ..pool.sse import EventSplitter, event_data, event_id
 from .asgi import Message as AsgiMessage
 from .asgi import Send, is_event_stream
 
@@ -49,8 +50,11 @@ class Guard:
         self._status = 0
         self._body = bytearray()
         self._events: EventSplitter | None = None
-        self._answered: bool | None = None
+        self._answer: Message | None = None
+        """That came on an event stream."""
         self.complete = False
+        self.last_event_id = b""
+        """The id of the last event that set one, of a stream that answers a request."""
         self._began = monotonic()
         self.first_byte_s: float | None = None
         """Seconds from the request to the first byte of its answer."""
@@ -69,6 +73,26 @@ class Guard:
         return self._status
 
     @property
+    def is_answered(self) -> bool:
+        """Whether an event stream has answered the request."""
+        return self._answer is not None
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether an event stream that was cut off here can be gone on with after `last_event_id`."""
+        stream = self._events
+        return stream is not None and stream.is_between and self._answer is None and bool(self.last_event_id)
+
+    @property
+    def result(self) -> Any:
+        """What the request was answered with; None before, and where it was by an error."""
+        answer = self._answer
+        if answer is None and self.complete and 200 <= self._status < 300 and len(self._body) <= MAX_JUDGED:
+            with suppress(InvalidMessage):
+                answer = parse(bytes(self._body))
+        return None if answer is None else answer.payload.get("result")
+
+    @property
     def verdict(self) -> Verdict:
         """`ok`, `error`, or `incomplete` when a stream ended before the answer."""
         if not 200 <= self._status < 300:
@@ -76,7 +100,7 @@ class Guard:
         if self._events is not None:
             if self.request is None:  # a GET stream has nothing to answer, and ends as its reader likes
                 return "ok"
-            return "incomplete" if self._answered is None else "ok" if self._answered else "error"
+            return "incomplete" if self._answer is None else "ok" if "result" in self._answer.payload else "error"
         if not self.complete:
             return "incomplete"
         if len(self._body) > MAX_JUDGED:
@@ -93,7 +117,7 @@ class Guard:
         else:
             body: bytes = message.get("body", b"")
             if self._events is not None:
-                if self.request is not None and self._answered is None:
+                if self.request is not None and self._answer is None:
                     self._judge_events(body)
             elif len(self._body) <= MAX_JUDGED:
                 self._body += body
@@ -103,11 +127,17 @@ class Guard:
     def _judge_events(self, body: bytes) -> None:
         assert self._events is not None
         assert self.request is not None
-        for data in self._events.feed(body):
+        for block in self._events.blocks(body):
+            named = event_id(block)
+            if named is not None:
+                self.last_event_id = named
+            data = event_data(block)
+            if not data:
+                continue  # a priming event
             try:
                 message = parse(data)
             except InvalidMessage:
-                continue  # a priming event has no data
+                continue
             if message.kind == "response" and message.id == self.request.id:
-                self._answered = "result" in message.payload
+                self._answer = message
                 return

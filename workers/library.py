@@ -80,6 +80,7 @@ class Fleet:
             "lease_ttl_ms": lease_ttl_ms,
             "grace_s": shutdown_grace_s,
             "max_body_bytes": MAX_BODY_BYTES,
+            "role": "library",
         }
         self._acquire_timeout_s = acquire_timeout_s
         self._limits: dict[str, Any] = {

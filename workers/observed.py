@@ -34,6 +34,7 @@ def observed(core: WorkerCore, waiting: int) -> Iterator[tuple[str, dict[str, st
             yield "pushes_refused", {"reason": reason}, count
     yield "sessions_opened", {}, pool.opened
     yield "sessions_adopted", {}, worker.sessions_adopted
+    yield "sessions_handed_off", {}, worker.sessions_handed_off
     yield "sessions_lost", {}, worker.sessions_lost
     yield "sessions_refused", {}, pool.refused
     for reason, count in pool.closed.items():
@@ -50,6 +51,10 @@ def observed(core: WorkerCore, waiting: int) -> Iterator[tuple[str, dict[str, st
     yield "sessions_idle", {}, pool.idle
     yield "sessions_lent", {}, pool.lent
     yield "callers_waiting", {}, pool.waiting
+    events = core.member.events.statistics
+    yield "events_logged", {}, events.logged
+    yield "events_replayed", {}, events.replayed
+    yield "events_not_logged", {}, events.not_logged
     yield "lease_renewals", {}, core.member.renewals
     yield "lease_incarnations", {}, worker.incarnations
     yield "sessions", {}, pool.sessions

@@ -21,8 +21,9 @@ from .answers import JSON, outcome_body, turned_away, unavailable
 from .asgi import Headers, Send, has_left, is_event_stream, respond, until_disconnect
 from .errors import Disconnected
 from .identity import Identity
+from .owned import Owned
 from .request import Request
-from .sessions import Owned, Sessions
+from .sessions import Sessions
 
 
 class Opening:
@@ -60,6 +61,8 @@ class Opening:
                 await asyncio.shield(registering)
                 if await has_left(receive):
                     raise Disconnected
+                if self._sessions.draining:  # the next caller's worker goes on with it
+                    await self._sessions.hand_off()
                 reply.headers.append((b"mcp-session-id", session_id.encode()))
             await respond(send, reply.status, answer, reply.headers)
             if registering is not None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final
 
+from ..coordinator.event_log import SessionEvents
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
 from ..pool.calls import Posts
 from ..pool.sse import STREAM_HEADERS, event
 from .answers import JSON, pool_error_body, turned_away
 from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect
 from .errors import BrokenOff, NotRun
+from .event_log import OwnStream
 
 CONFLICT: Final = 409
 GET_RETRY_S: Final = (0.1, 1.0)
@@ -34,9 +37,32 @@ async def relay_post(
     await _relay(lambda: link.post(message, body, headers), message, receive, send)
 
 
-async def relay_get(link: Link, headers: Headers, receive: Receive, send: Send, *, adopted: bool) -> None:
-    """Stream the server's messages. `adopted`: a 409 may be the previous owner's stream, so ask again for a while."""
-    await _relay(lambda: _open_stream(link, headers) if adopted else link.get(headers), None, receive, send)
+async def relay_get(
+    link: Link, headers: Headers, receive: Receive, send: Send, *, adopted: bool, events: SessionEvents | None = None
+) -> None:
+    """Stream the server's messages. `adopted`: a 409 may be the previous owner's stream, so ask again for a while.
+    `events`: the session's log, where it has one.
+
+    Raises `BrokenOff` when the stream ends with its link: the session has moved, or ended. Else the upstream ended it.
+    """
+    stream = None if events is None else OwnStream(events, headers, pinned=link.resume is None)
+
+    async def ask() -> Reply:
+        patience_s = GET_RETRY_FOR_S if adopted else 0.0
+        reply = await _open_stream(link, headers if stream is None else stream.headers, patience_s)
+        if stream is not None:
+            if reply.status == 500 and stream.resumes_upstream:
+                await reply.chunks.aclose()
+                stream.begin_anew()
+                reply = await _open_stream(link, stream.headers, patience_s)
+            reply = await stream.of(reply)
+        if reply.status != 200 or not is_event_stream(reply.headers):
+            return reply
+        chunks = _until_moved(reply.chunks, link)
+        await anext(chunks)
+        return replace(reply, chunks=chunks)
+
+    await _relay(ask, None, receive, send)
 
 
 async def relay_delete(link: Link, headers: Headers, receive: Receive, send: Send) -> int:
@@ -50,22 +76,32 @@ async def relay_delete(link: Link, headers: Headers, receive: Receive, send: Sen
     return reply.status
 
 
-async def stream_out(events: AsyncGenerator[bytes, None], send: Send) -> None:
+async def stream_out(events: AsyncGenerator[bytes, None], headers: Headers, send: Send) -> None:
     """A 200 with a stream of server-sent events of our own."""
-    await _stream(Reply(200, list(STREAM_HEADERS), events), None, send)
+    await _stream(Reply(200, [*STREAM_HEADERS, *headers], events), None, send)
 
 
-async def _open_stream(link: Link, headers: Headers) -> Reply:
+async def _open_stream(link: Link, headers: Headers, patience_s: float) -> Reply:
+    """Ask for the stream, and again for so long when the answer is 409."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + GET_RETRY_FOR_S
+    until = loop.time() + patience_s
     delay, longest = GET_RETRY_S
     while True:
         reply = await link.get(headers)
-        if reply.status != CONFLICT or loop.time() > until:
+        if reply.status != CONFLICT or loop.time() >= until:
             return reply
         await reply.chunks.aclose()
         await asyncio.sleep(delay)
         delay = min(longest, delay * 2)
+
+
+async def _until_moved(chunks: AsyncGenerator[bytes, None], link: Link) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        yield b""
+        async for chunk in chunks:
+            yield chunk
+    if link.is_closed:
+        raise BrokenOff("the session has moved, or ended")
 
 
 async def _relay(ask: Callable[[], Awaitable[Reply]], message: Message | None, receive: Receive, send: Send) -> None:

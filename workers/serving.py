@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from ..coordinator.event_log import EventLog, SessionEvents
 from ..coordinator.frames import RequestHead
 from ..pool import PooledSession, PoolError, SessionClosed, parse
 from ..pool.jsonrpc import InvalidMessage
 from ..pool.sharing import SharedIds, SharedLink
 from .affinity import Call
-from .answers import Refused, too_large, turned_away
+from .answers import Refused, too_large, turned_away, unavailable
 from .asgi import Headers, Receive, Scope, Send, read_body
 from .errors import BodyTooLarge, NotRun
 from .exchange import HOP, REPEAT
+from .owned import Owned
 from .relay import relay_delete, relay_get, relay_post
-from .sessions import Owned, Sessions
+from .sessions import Sessions
 from .shared import SharedRelay, forwarded
 
 
 class Serving:
     """The owner's end of every call of one worker."""
 
-    def __init__(self, sessions: Sessions, *, max_body_bytes: int) -> None:
+    def __init__(self, sessions: Sessions, events: EventLog, *, max_body_bytes: int) -> None:
         self._sessions = sessions
+        self._events = events
         self._max_body_bytes = max_body_bytes
+        self.takes_streams = True
+        """Whether GET streams may still begin: a worker that stops would wait for them in vain."""
 
     async def serve(self, owned: Owned, call: Call, receive: Receive, send: Send) -> None:
         """Run a call on a session owned here. Raises `NotRun`, `Refused`, `Disconnected`, `BrokenOff`."""
         headers = call.scope["headers"]
+        if call.scope["method"] == "GET" and not self.takes_streams:
+            raise unavailable("This worker is stopping")
         with owned.session as session:
             if session.is_pool_initialized:
                 await self._serve_shared(owned, call, receive, send)
@@ -41,11 +48,30 @@ class Serving:
                 way = SharedLink(link, SharedIds(session.next_id), b"") if REPEAT in call.scope else link
                 await relay_post(way, call.message, call.body, headers, receive, send)
             elif call.scope["method"] == "GET":
-                await relay_get(link, headers, receive, send, adopted=owned.adopted)
+                events = self._log(owned)
+                await relay_get(link, headers, receive, send, adopted=owned.adopted, events=events)
             else:
                 status = await relay_delete(link, headers, receive, send)
                 if 200 <= status < 300 or status == 404:
                     self._sessions.end(owned, "client")
+                    if owned.relay is not None:
+                        self._log(owned).drop()
+
+    def _log(self, owned: Owned) -> SessionEvents:
+        """What has been said on the streams of a session that is one client's own."""
+        if owned.relay is None:
+            owned.relay = self._log_of(owned)
+        return owned.relay
+
+    def _log_of(self, owned: Owned) -> SessionEvents:
+        def epoch() -> int:
+            return owned.registration.epoch if owned.registration is not None else 0
+
+        session = owned.session
+        # A key that is computed may have been another session's before; an adopted session goes on.
+        return self._events.of(
+            session.key, epoch, int(session.upstream.idle_ttl_s * 1000), anew=owned.adopted_at == float("-inf")
+        )
 
     @staticmethod
     def _remember(session: PooledSession, headers: Headers) -> None:
@@ -62,7 +88,7 @@ class Serving:
                 raise turned_away(error, call.id) from error
         if session.is_closed:
             raise NotRun("closed")
-        relay: SharedRelay = owned.relay or SharedRelay(session)
+        relay: SharedRelay = owned.relay or SharedRelay(session, self._log_of(owned))
         owned.relay = relay
         if relay.asks_upstream(call) and not await relay.is_well(call.scope["headers"]):
             self._sessions.end(owned, "unhealthy")

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
-
-import orjson
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
 
 from ..coordinator import Claimed, Keyring, Member, Registration, SealError, SessionRecord, Unavailable
 from ..coordinator.frames import RequestHead
 from ..pool import Fenced, PooledSession, PoolError, ResumeRecord, SessionPool, Upstream
-from ..pool.link import Headers
 from ..pool.session import Handshake
+from .owned import Opens, Owned, open_resume, seal_resume
 
 logger = logging.getLogger("leasehold.workers.sessions")
 
@@ -32,42 +30,6 @@ REFRESH_EVERY: Final = 1 / 4
 """Records are refreshed at this share of the idle time."""
 BATCH: Final = 256
 """Records written in one round trip."""
-GET_CONFLICT_S: Final = 10.0
-"""How long after an adoption the previous owner may still hold the session's GET stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opens:
-    """How a shared session is opened and initialized, by the worker that claims it."""
-
-    upstream: Upstream
-    principal: str
-    params: dict[str, Any]
-    """Of `initialize`."""
-    headers: Headers
-    """Of the caller who opens it: credentials, where they are forwarded."""
-
-
-@dataclass(slots=True)
-class Owned:
-    """A session and the registration under which this worker owns it; None until the first claim."""
-
-    session: PooledSession
-    registration: Registration | None = None
-    created_ms: int = 0
-    refreshed_at: float = 0.0
-    node: int = 0
-    """The Redis node that has the record; another one may have forgotten it."""
-    sealed: ResumeRecord | None = None
-    """The resume record as Redis has it."""
-    adopted_at: float = float("-inf")
-    relay: Any = None
-    """What serves the clients of a session that is shared (`serving.py`)."""
-
-    @property
-    def adopted(self) -> bool:
-        """Whether it was taken over a moment ago."""
-        return asyncio.get_running_loop().time() - self.adopted_at < GET_CONFLICT_S
 
 
 class Sessions:
@@ -82,13 +44,16 @@ class Sessions:
         self._reconciling = asyncio.Lock()
         self._unreleased: dict[str, Registration] = {}
         """Records that are to go: of sessions that have ended, and of claims whose answer was lost (epoch 0)."""
+        self._leaving: dict[str, Owned] = {}
+        """Given up here, and still to be handed off in the directory."""
+        self._held: set[str] = set()
+        """Keys of sessions that are being moved: who asks for them waits."""
         self._claiming: set[str] = set()
         """Keys of shared sessions whose claim is under way: what is written under them is not to be released."""
         self.due = asyncio.Event()
         """Set when something should be reconciled now rather than at the next turn."""
         self.draining = False
-        self.adopted = 0
-        self.lost = 0
+        self.adopted = self.handed_off = self.lost = 0
         pool.on_closed = self._forget
 
     def __repr__(self) -> str:
@@ -106,9 +71,15 @@ class Sessions:
     def all(self) -> list[Owned]:
         return list(self._owned.values())
 
+    def is_leaving(self, key: str) -> bool:
+        """Whether a session is on its way from here to another owner: who asks for it waits a moment."""
+        return key in self._leaving or key in self._held
+
     def holds(self, owned: Owned) -> bool:
         """Whether an upstream write of this session may start in this turn of the loop."""
         registration = owned.registration
+        if owned.has_left:
+            return False
         if registration is None:
             return True  # nobody else knows of it yet
         return self._member.may_write() and registration.owner == self._member.incarnation
@@ -202,7 +173,7 @@ class Sessions:
             raise SealError("not adoptable")
         if self.draining:
             raise Unavailable("this worker takes no more sessions")
-        resume = self._unseal(record.key, record.resume)
+        resume = open_resume(self._keyring, record.key, record.resume)
         claimed = await self._member.directory.take_over(
             record.key, record.registration, self._member.incarnation, self._ttl(upstream)
         )
@@ -222,6 +193,7 @@ class Sessions:
             for owned in self.all():
                 if owned.session.is_closed:  # its child process may take seconds to go, its record need not
                     self._forget(owned.session)
+            await self._hand_over()
             for batch in _batches(self._to_claim()):
                 await self._reclaim(batch)
             for batch in _batches(self._to_refresh()):
@@ -236,18 +208,55 @@ class Sessions:
         self._forget(owned.session)
 
     async def hand_off(self) -> None:
-        """Give up every session that can move, so that the next caller's worker adopts it. Calls that run go on
-        here."""
+        """Take no more sessions, and give up every one that can move, so that the next caller's worker adopts it.
+        Calls that run go on here. Raises `Unavailable`; `reconcile` then goes on."""
+        self.draining = True
         async with self._reconciling:
-            self.draining = True
-            moving = [owned for owned in self._owned.values() if owned.session.resume is not None]
-            held = [(owned.session.key, owned.registration) for owned in moving if owned.registration is not None]
-            for owned in moving:
-                owned.session.keeps_record = True
-                self._owned.pop(owned.session.key, None)
-            for batch in _batches(held):
-                await self._member.directory.hand_off(batch)
-        logger.info("sessions_handed_off count=%d", len(held))
+            count = await self._hand_over()
+        logger.info("sessions_handed_off count=%d", count)
+
+    @asynccontextmanager
+    async def leaving(self, owned: Owned) -> AsyncGenerator[bool, None]:
+        """Give one session up; inside the block it is handed off, and who asks for it here waits.
+
+        Yields whether it was: not if it has ended, or is changing hands already. Raises `Unavailable`.
+        """
+        key = owned.session.key
+        if self._owned.get(key) is not owned or owned.registration is None:
+            yield False
+            return
+        self._held.add(key)
+        try:
+            self._leave(owned)
+            async with self._reconciling:
+                await self._hand_over()
+            yield True
+        finally:
+            self._held.discard(key)
+
+    def _leave(self, owned: Owned) -> None:
+        """No upstream write of the session starts here from this turn on; calls that run go on to their answers."""
+        del self._owned[owned.session.key]
+        self._leaving[owned.session.key] = owned
+        owned.has_left = True
+        owned.session.abandon("handed_off")
+
+    async def _hand_over(self) -> int:
+        """Hand off in the directory what has left; when draining, whatever can leave."""
+        if self.draining:
+            for owned in self.all():
+                if owned.registration is not None and owned.session.resume is not None:
+                    self._leave(owned)
+        count = len(self._leaving)
+        for batch in _batches(list(self._leaving.values())):
+            await self._refresh(batch)  # the last cookies go along
+            held = [(owned.session.key, owned.registration) for owned in batch if owned.registration is not None]
+            await self._member.directory.hand_off(held)
+            self.handed_off += len(batch)
+            for owned in batch:
+                if self._leaving.get(owned.session.key) is owned:
+                    del self._leaving[owned.session.key]
+        return count
 
     async def settle(self) -> None:
         """Release what has ended, before the worker stops."""
@@ -259,15 +268,18 @@ class Sessions:
     # -- keeping records -------------------------------------------------------------------------------------------
 
     def _to_claim(self) -> list[Owned]:
+        """What is registered under an earlier incarnation, or where it may have been forgotten. Not what is out of
+        reach: it would hold up the others."""
         incarnation = self._member.incarnation
-        node = self._member.clock.node if self._member.reachable else None
-        return [
-            owned
-            for owned in self._owned.values()
-            if owned.registration is not None
-            and not owned.session.is_closed
-            and (owned.registration.owner != incarnation or node not in (None, owned.node))
-        ]
+        found: list[Owned] = []
+        for owned in self._owned.values():
+            registration = owned.registration
+            if registration is None or owned.session.is_closed:
+                continue
+            node = self._member.record_node(owned.session.key)
+            if node is not None and (registration.owner != incarnation or node != owned.node):
+                found.append(owned)
+        return found
 
     def _to_refresh(self) -> list[Owned]:
         now = asyncio.get_running_loop().time()
@@ -292,7 +304,7 @@ class Sessions:
             if owned not in gone:
                 self._settle_claim(owned, result)
         # A pinned session whose record went from a node that had it was ended by another worker, its client was told.
-        ended = [o for o in gone if o.session.resume is None and o.node == self._member.clock.node]
+        ended = [o for o in gone if o.session.resume is None and o.node == self._member.record_node(o.session.key)]
         for owned in ended:
             owned.session.close("released")
         lost = [o for o in gone if o not in ended and not o.session.is_closed]
@@ -317,7 +329,7 @@ class Sessions:
         for owned in batch:
             resume = resumes[owned.session.key]
             if resume is not None and resume != owned.sealed:
-                changed[owned.session.key] = self._seal(owned.session.key, resume)
+                changed[owned.session.key] = seal_resume(self._keyring, owned.session.key, resume)
         gone = set(await self._member.directory.refresh(held, changed))
         for owned in batch:
             if owned.session.key in gone:
@@ -352,7 +364,7 @@ class Sessions:
 
     def _note(self, owned: Owned, registration: Registration) -> None:
         owned.registration = registration
-        owned.node = self._member.clock.node
+        owned.node = self._member.record_node(owned.session.key) or 0
         owned.sealed = owned.session.resume
         owned.refreshed_at = asyncio.get_running_loop().time()
 
@@ -406,19 +418,8 @@ class Sessions:
             upstream=session.upstream.name,
             principal=session.principal,
             created_ms=owned.created_ms,
-            resume=None if resume is None else self._seal(session.key, resume),
+            resume=None if resume is None else seal_resume(self._keyring, session.key, resume),
         )
-
-    def _seal(self, key: str, resume: ResumeRecord) -> bytes:
-        plain = orjson.dumps([resume.session_id, resume.protocol_version, resume.cookies, resume.initialize_result])
-        return self._keyring.seal_record(plain, key.encode())
-
-    def _unseal(self, key: str, sealed: bytes) -> ResumeRecord:
-        try:
-            session_id, version, cookies, result = orjson.loads(self._keyring.open_record(sealed, key.encode()))
-        except (ValueError, TypeError) as error:
-            raise SealError("resume record") from error
-        return ResumeRecord(session_id, version, cookies, result)
 
     def _ttl(self, upstream: Upstream) -> int:
         return int(upstream.idle_ttl_s * 1000 * RECORD_TTL)

@@ -24,6 +24,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from ..coordinator.urls import EXPECTED as REDIS_URLS
+from ..coordinator.urls import RedisUrl as ParsedUrl
+
 PREFIX: Final = "LEASEHOLD_"
 MIN_SECRET: Final = 16
 UNSHOWN: Final = frozenset({"redis_url", "secret", "tokens", "jwt_jwks_url", "jwt_key"})
@@ -60,10 +63,7 @@ def _token(value: SecretStr) -> SecretStr:
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
-    parts = urlsplit(value.get_secret_value())
-    place = parts.path.strip("/") if parts.scheme == "unix" else parts.hostname
-    if parts.scheme not in ("redis", "rediss", "unix") or not place or parts.port == 0:  # .port raises ValueError too
-        raise ValueError
+    ParsedUrl.parse(value.get_secret_value())
     return value
 
 
@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     port: int = _number(8333, 0, 65535)
     workers: int = _number(1, 1, 256)
 
-    redis_url: RedisUrl | None = Field(None, description="a redis://, rediss:// or unix:// URL")
+    redis_url: RedisUrl | None = Field(None, description=REDIS_URLS)
     """None: a private Redis server is started and stopped with the command."""
     namespace: str = Field(
         "leasehold",
@@ -181,6 +181,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = _number(4 * 1024 * 1024, 1024, 1024**3)
     max_waiting: int = _number(10_000, 1, 1_000_000)
     """Calls in flight in one worker; above it they get 503."""
+
+    rebalance: int = _number(0, 0, 10_000)
+    """Idle sessions a minute that a worker which has more than its share may hand to others; 0: none."""
 
     route_headers: bool = Field(False, description="true or false")
     """Whether answers say which worker they landed on and which one owns the session: for demos and debugging."""
@@ -244,7 +247,7 @@ def load_settings(environ: Mapping[str, str], *, serving: bool = True, **overrid
         for field in dict.fromkeys(str(item["loc"][0]) for item in error.errors(include_input=False)):
             if field == "jwt_key" and is_key_read:
                 field = "jwt_key_file"
-            problems.append(f"{name_of(field)}: {_expected(field, values.get(field))}")
+            problems.append(f"{name_of(field)}: {_expected(field, values.get(field))}{_why(field, error)}")
     problems.extend(f"{name_of(field)}: {text}" for field, text in conflicts.items())
     if made is not None and serving and not conflicts:
         problems.extend(f"{name_of(field)}: {text}" for field, text in _mismatches(made).items())
@@ -333,6 +336,14 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
             if close:
                 problems.append(f"{name}: expected no such variable; did you mean {PREFIX}{close[0]}?")
     return problems
+
+
+def _why(field: str, error: ValidationError) -> str:
+    """What is wrong with a Redis URL; other validators do not say."""
+    if field != "redis_url":
+        return ""
+    found = (item.get("ctx", {}).get("error") for item in error.errors(include_input=False) if field in item["loc"])
+    return "".join(f": {reason}" for reason in found if reason)
 
 
 def _expected(field: str, value: object) -> str:

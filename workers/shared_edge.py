@@ -17,27 +17,30 @@ from ..pool.handshake import initialize_params
 from ..pool.jsonrpc import INVALID_REQUEST
 from ..pool.link import Headers, Reply
 from ..pool.sharing import SharedIds, SharedLink
-from .affinity import Affinity, Call, is_safe
+from .affinity import Call, is_safe
 from .answers import HANDSHAKE_VERSIONS, JSON, Refused, session_not_found, turned_away, unavailable
 from .asgi import Message as AsgiMessage
 from .asgi import Send, header, respond, until_disconnect
 from .door import method_not_allowed
 from .guard import Guard
 from .identity import Identity
+from .owned import Opens
+from .reattach import Streams
 from .relay import relay_post
 from .request import Request
-from .sessions import Opens
 from .shared import forwarded, initialize_answer
 from .stateless_edge import StatelessEdge
+from .tool_hints import ToolHints
 
 
 class SharedEdge:
     """Answers requests for servers with affinity `principal` or `none`."""
 
-    def __init__(self, pool: SessionPool, identity: Identity, affinity: Affinity) -> None:
+    def __init__(self, pool: SessionPool, identity: Identity, streams: Streams, hints: ToolHints) -> None:
+        self._hints = hints
         self._pool = pool
         self._identity = identity
-        self._affinity = affinity
+        self._streams = streams
         self._stateless = StatelessEdge(self._ask)
         self._running: dict[tuple[bytes, str | int], _AnySession] = {}
 
@@ -77,9 +80,9 @@ class SharedEdge:
             key = self._identity.shared_key(upstream.name, caller.bound)
             opens = Opens(upstream, caller.principal, initialize_params(), headers)
             # Initializing is safe, for it is the owner's doing: he answers with what the server said to him.
-            safe = request.initializes or is_safe(message, upstream.idempotent_tools)
+            safe = request.initializes or is_safe(message, self._hints.safe(upstream, request.caller.principal))
             call = Call(key, request.scope, message, request.body, safe, opens)
-            await self._affinity.dispatch(call, request.receive, _sending(guard, send))
+            await self._streams.dispatch(call, request.receive, _sending(guard, send))
         elif message is None:
             raise method_not_allowed(b"POST, DELETE")  # no session, so no stream of its messages
         else:

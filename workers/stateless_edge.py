@@ -25,8 +25,8 @@ from ..pool.jsonrpc import INVALID_REQUEST, RequestId
 from ..pool.sse import events
 from .affinity import OWNER
 from .answers import JSON, Refused, outcome_body
+from .asgi import Kept, Send, is_event_stream, respond, silent
 from .asgi import Message as AsgiMessage
-from .asgi import Send, is_event_stream, respond
 from .bridge import answer_server, discover, response_to_stateless, status_of, to_handshake, to_handshake_headers
 from .bridged_answer import BridgedAnswer
 from .door import method_not_allowed
@@ -205,7 +205,7 @@ class _Call:
         """Ask something else on the way; the response, or one that says that there was none. Raises as `Ask`."""
         id = f"leasehold-{method}"  # noqa: A001
         payload: dict[str, Any] = {"jsonrpc": "2.0", "id": id, "method": method, "params": params}
-        kept = _Kept()
+        kept = Kept()
         asked = Message("request", method, id, payload)
         try:
             await self._ask(self._handshake_request(asked, orjson.dumps(payload)), kept.send)
@@ -217,7 +217,7 @@ class _Call:
                 refusal.data = {**refusal.data, "outcome": "not_run"}
             refusal.id = self.message.id
             raise
-        return kept.response(id)
+        return _response(kept, id)
 
     async def _refuse(self, request: Message) -> None:
         """Answer a request of the server."""
@@ -225,10 +225,10 @@ class _Call:
         await self._tell(Message("response", None, request.id, orjson.loads(body)))
 
     async def _tell(self, message: Message) -> None:
-        told = replace(self._handshake_request(message, orjson.dumps(message.payload)), receive=_never)
+        told = replace(self._handshake_request(message, orjson.dumps(message.payload)), receive=silent)
         try:
             async with asyncio.timeout(TELL_S):
-                await self._ask(told, _Kept().send)
+                await self._ask(told, Kept().send)
         except (TimeoutError, Refused, NotRun, BrokenOff, Disconnected) as error:
             logger.debug("not_told upstream=%s reason=%r", told.upstream.name, str(error)[:200])
 
@@ -239,33 +239,19 @@ class _Call:
         return replace(self._request, message=message, body=body, scope=scope)
 
 
-class _Kept:
+def _response(kept: Kept, id: RequestId) -> dict[str, Any]:  # noqa: A002
     """The answer to what we asked ourselves."""
-
-    def __init__(self) -> None:
-        self._start: AsgiMessage = {}
-        self._body = bytearray()
-
-    async def send(self, message: AsgiMessage) -> None:
-        if message["type"] == "http.response.start":
-            self._start = message
-        else:
-            self._body += message.get("body", b"")
-
-    def response(self, id: RequestId) -> dict[str, Any]:  # noqa: A002
-        bodies = [bytes(self._body)]
-        if self._start and is_event_stream(self._start["headers"]):
-            bodies = list(events(bodies[0]))
-        for body in bodies:
-            try:
-                found: Any = orjson.loads(body)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(found, dict) and "method" not in found:
-                answer = cast("dict[str, Any]", found)
-                if answer.get("id") == id:
-                    return answer
-        return orjson.loads(outcome_body("The server gave no answer", "unknown", id))
+    bodies = list(events(bytes(kept.body))) if is_event_stream(kept.headers) else [bytes(kept.body)]
+    for body in bodies:
+        try:
+            found: Any = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(found, dict) and "method" not in found:
+            answer = cast("dict[str, Any]", found)
+            if answer.get("id") == id:
+                return answer
+    return orjson.loads(outcome_body("The server gave no answer", "unknown", id))
 
 
 async def _listed(call: _Call) -> dict[str, tuple[Repeated, ...]]:
@@ -295,8 +281,3 @@ def _encoded(message: Message) -> bytes:
 
 def _notification(method: str, params: dict[str, Any]) -> Message:
     return Message("notification", method, None, {"jsonrpc": "2.0", "method": method, "params": params})
-
-
-async def _never() -> AsgiMessage:
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError

@@ -29,13 +29,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-import redis
-
-from ..coordinator import Keys, end_lease
+from ..coordinator.client import REDIS_FAILURES
 from ..coordinator.embedded import EmbeddedRedis, EmbeddedRedisError
 from ..pool import Config
 from .errors import ServeError
-from .redis_check import check_redis, sync_client
+from .redis_check import check_redis, end_leases
 from .settings import Settings
 from .signal_pipe import SIGNALS, SignalPipe
 
@@ -295,12 +293,10 @@ class Supervisor:
         if not wanted or self._redis_died:
             return
         try:
-            with sync_client(self._redis_url, NOTICE_TIMEOUT_S) as client:
-                for incarnation in wanted:
-                    for command in end_lease(Keys(self._settings.namespace), incarnation):
-                        client.execute_command(*command)  # pyright: ignore[reportUnknownMemberType]
-                    logger.info("lease_ended incarnation=%s", incarnation[:8])
-        except (redis.RedisError, OSError) as error:  # then they lapse
+            end_leases(self._redis_url, self._settings.namespace, wanted, NOTICE_TIMEOUT_S)
+            for incarnation in wanted:
+                logger.info("lease_ended incarnation=%s", incarnation[:8])
+        except REDIS_FAILURES as error:  # then they lapse
             logger.warning("leases_not_ended count=%d error=%s", len(wanted), type(error).__name__)
 
     def _restart_redis(self) -> bool:

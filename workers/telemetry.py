@@ -46,6 +46,7 @@ _NAMES: Final = {
     "pushes_refused": "Requests that did not get into a mailbox, by reason",
     "sessions_opened": "Sessions opened",
     "sessions_adopted": "Sessions taken over from another worker",
+    "sessions_handed_off": "Sessions given up for another worker: moved, or because this one drains",
     "sessions_lost": "Sessions another worker took over",
     "sessions_refused": "Sessions refused for a limit",
     "sessions_closed": "Sessions that have ended, by reason",
@@ -56,6 +57,10 @@ _NAMES: Final = {
     "health_checks": "Health checks of sessions that were idle",
     "circuits_opened": "Times that this worker opened a circuit for failures that it saw",
     "circuit_refusals": "Calls not made because a circuit was open",
+    "streams_reattached": "Streams that went on at another owner: of who listens, or of a call's answer",
+    "events_logged": "Events of sessions' own streams that were in the log before they were sent",
+    "events_replayed": "Events sent again from the log",
+    "events_not_logged": "Events sent without being in the log, because Redis was slow or away, or for their size",
     "lease_renewals": "Renewals of the worker lease",
     "lease_incarnations": "Incarnations this process has had",
 }
@@ -106,6 +111,10 @@ class Telemetry:
         self._answers.labels(server, method if method in ("POST", "GET", "DELETE") else "other", outcome).inc()
         if guard.first_byte_s is not None:
             self._duration.labels(server).observe(guard.first_byte_s)
+
+    def reattached(self, what: str) -> None:
+        """Count a stream that went on at another owner."""
+        self._counters["streams_reattached"].labels(what).inc()
 
     def collect(self) -> None:
         """Bring what the parts have counted into the metrics; called every second and before an exposition."""

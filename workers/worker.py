@@ -70,6 +70,7 @@ class Worker(WorkerCore):
             self.telemetry,
             max_body_bytes=settings.max_body_bytes,
             max_waiting=settings.max_waiting,
+            lease_ttl_s=self.member.lease_ttl_s,
         )
 
     def __repr__(self) -> str:
@@ -92,7 +93,10 @@ class Worker(WorkerCore):
         return showing
 
     def background(self) -> list[Coroutine[Any, Any, None]]:
-        return [self.keeper.run(), self.identity.run()]
+        work: list[Coroutine[Any, Any, None]] = [self.keeper.run(), self.identity.run()]
+        if self.settings.rebalance:
+            work.append(self.placement.rebalance(self.settings.rebalance))
+        return work
 
     def tick(self) -> None:
         self.telemetry.collect()

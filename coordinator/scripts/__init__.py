@@ -13,9 +13,13 @@ from importlib.resources import files
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
-from ..client import Argument, Line, execute
+from ..client import Argument, Line, execute, execute_all
+from ..cluster import Cluster
+
+Call = tuple[Sequence[str], Sequence[Argument]]
+"""Keys and arguments of one run of a script."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,26 @@ class Script:
         """The EVALSHA command, for a pipeline."""
         return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
-    async def run(self, client: Redis | Line, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+    async def run(self, client: Redis | Line | Cluster, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run it; raises what redis-py raises, but for NOSCRIPT."""
-        try:
-            return await execute(client, *self.command(keys, args))
-        except NoScriptError:
-            return await execute(client, "EVAL", self.source, len(keys), *keys, *args)
+        (answer,) = await self.run_all(client, [(keys, args)])
+        return answer
+
+    async def run_all(self, client: Redis | Line | Cluster, calls: Sequence[Call]) -> list[Any]:
+        """Run it many times, in one round trip: its keys and arguments each. Raises as `run`; others may have run."""
+        answers = await execute_all(client, [self.command(*call) for call in calls], raise_on_error=False)
+        unknown = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if unknown:
+            commands = [("EVAL", self.source, len(keys), *keys, *args) for keys, args in (calls[i] for i in unknown)]
+            for index, answer in zip(unknown, await execute_all(client, commands, raise_on_error=False), strict=True):
+                answers[index] = answer
+        for answer in answers:
+            if isinstance(answer, RedisError):
+                raise answer
+        return answers
 
     async def load(self, client: Redis | Line) -> None:
-        """Make Redis know it, for `command`."""
+        """Make the node know it, for `command`."""
         await execute(client, "SCRIPT LOAD", self.source)
 
 
