@@ -110,7 +110,7 @@ class Line:
         if connection is None:
             connection = self._connection = self._make()
         try:
-            if self._misplaced or getattr(connection, "closed_by_peer", False):
+            if self._misplaced:
                 self._misplaced = False
                 await connection.disconnect()
             await connection.connect()

@@ -7,9 +7,10 @@ different sessions, have different ones. What follows:
   its look-ups to that of whatever they look up (`ask`): one connection each for the first two, a few for the third.
 * What is known of a node (its time, its run, since when it is seen) is known of that node alone: see `watch.py`.
 
-The map comes from CLUSTER SLOTS of any node. It is in doubt when a node cannot be reached or says that a key is
-elsewhere (MOVED), and asked for again before the next command. MOVED, ASK and TRYAGAIN are answers of a node that did
-nothing, so look-ups follow them. No command is repeated whose answer was lost.
+The map comes from any node. One that was cut off has an old one; as among the nodes themselves, the larger
+configuration epoch wins. It is in doubt when a node cannot be reached or says that a key is elsewhere (MOVED), and
+asked for again before the next command. MOVED, ASK and TRYAGAIN are answers of a node that did nothing, so look-ups
+follow them. No command is repeated whose answer was lost.
 
 A node that gained slots may lack what was in them: a lagging replica that was promoted, slots that were assigned
 without their keys. `gained` says when; until a lease later, absence there is no evidence.
@@ -29,7 +30,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 
-from .client import COMMAND_TIMEOUT_S, LOOKUP_CONNECTIONS, Argument, Line, ask, execute, make_client, overdue
+from .client import COMMAND_TIMEOUT_S, LOOKUP_CONNECTIONS, Argument, Line, ask, execute_all, make_client, overdue
 from .clock import monotonic
 from .connection import REDIS_FAILURES, NotConnected
 from .urls import Address, RedisUrl, name_of
@@ -40,6 +41,7 @@ LEARN_TIMEOUT_S: Final = 0.5
 """For each node that is asked for the map: where one is silent, the next is asked."""
 LEARN_EVERY_S: Final = 0.05
 """Where a node is down for long and each command to it fails, the map is not asked for with each of them."""
+RETIRE_S: Final = 2 * COMMAND_TIMEOUT_S
 MAX_TURNS: Final = 5
 """How often a look-up follows MOVED and ASK, or waits for a slot that is being moved."""
 TURN_S: Final = 0.02
@@ -54,7 +56,13 @@ class Cluster:
         self._options = dict(options)
         self._addresses: dict[str, Address] = {}
         self._slots: list[str] = []
+        self._owners = [""] * REDIS_CLUSTER_HASH_SLOTS
+        """Node ids, by slot."""
+        self._epochs: dict[str, int] = {}
+        """The largest of each node id."""
+        self._ranges: list[tuple[int, int, str, Address]] = []
         self._clients: dict[str, Redis] = {}
+        self._retired: list[tuple[float, Redis]] = []
         self._in_doubt = True
         self._learned_at = float("-inf")
         self._learning = asyncio.Lock()
@@ -86,6 +94,7 @@ class Cluster:
         clients, self._clients = self._clients, {}
         for client in clients.values():
             await client.aclose()
+        await self._close_retired(0.0)
 
     # -- the map ---------------------------------------------------------------------------------------------------
 
@@ -102,6 +111,8 @@ class Cluster:
             if address[0] and self._slots and self._slots[answer.slot_id] != name_of(address):
                 slots = self._slots.copy()
                 slots[answer.slot_id] = name_of(address)
+                self._owners[answer.slot_id] = ""
+                self._ranges = []
                 self._take(slots, {**self._addresses, name_of(address): address})
         elif isinstance(answer, ClusterDownError):
             self.doubt()
@@ -113,34 +124,55 @@ class Cluster:
         async with self._learning:
             if not self._in_doubt or monotonic() - self._learned_at < LEARN_EVERY_S:
                 return
+            await self._close_retired()
             known = list(self._addresses.items())
-            random.shuffle(known)  # one that lags is not asked each time
+            random.shuffle(known)
             for name, address in [*known, *self._seeds.items()]:
                 try:
                     async with overdue(LEARN_TIMEOUT_S):
-                        answer: Any = await execute(self._client(name, address), "CLUSTER SLOTS")
-                    if answer:
-                        break
+                        client = self._client(name, address)
+                        slots, nodes = await execute_all(client, [("CLUSTER", "SLOTS"), ("CLUSTER", "NODES")])
                 except REDIS_FAILURES:
                     continue
+                if slots:
+                    break
             else:
                 raise NotConnected("no node of the cluster says which slots it has")
             self._in_doubt = False
             self._learned_at = monotonic()
-            await self._read(answer, address[0])
+            self._read(slots, nodes, address[0])
 
-    async def _read(self, answer: Sequence[Any], asked: str) -> None:
-        slots = [""] * REDIS_CLUSTER_HASH_SLOTS
-        addresses: dict[str, Address] = {}
-        for first, last, (host, port, *_), *_replicas in answer:
+    def _read(self, answer: Sequence[Any], nodes: bytes, asked: str) -> None:
+        """Take in the map of one node, but for what others knew better: the larger epoch wins, as among the nodes."""
+        epochs = _epochs(nodes)
+        ranges: list[tuple[int, int, str, Address]] = []
+        for first, last, (host, port, node_id, *_), *_replicas in answer:
             if host != b"?":  # as which it is not to be reached, says its configuration
-                address = (host.decode() if host else asked, int(port))
-                name = name_of(address)
-                addresses[name] = address
-                slots[first : last + 1] = [name] * (last + 1 - first)
-        self._take(slots, addresses)
-        for name in self._clients.keys() - addresses.keys():
-            await self._clients.pop(name).aclose()
+                ranges.append((first, last, node_id.decode(), (host.decode() if host else asked, int(port))))
+        if ranges == self._ranges:
+            return
+        slots = self._slots.copy() or [""] * REDIS_CLUSTER_HASH_SLOTS
+        addresses = dict(self._addresses)
+        for first, last, owner, address in ranges:
+            addresses[name_of(address)] = address
+            for slot in range(first, last + 1):
+                before = self._owners[slot]
+                if owner == before or before not in epochs or epochs.get(owner, 0) > self._epochs[before]:
+                    self._owners[slot], slots[slot] = owner, name_of(address)
+        for owner, epoch in epochs.items():
+            self._epochs[owner] = max(epoch, self._epochs.get(owner, 0))
+        self._ranges = ranges
+        in_use = set(slots)
+        self._take(slots, {name: address for name, address in addresses.items() if name in in_use})
+        for name in self._clients.keys() - self._addresses.keys():
+            self._retired.append((monotonic(), self._clients.pop(name)))
+
+    async def _close_retired(self, after_s: float = RETIRE_S) -> None:
+        """Close the clients of nodes that are masters no more, once nobody waits for an answer of theirs."""
+        due = [client for since, client in self._retired if monotonic() - since >= after_s]
+        self._retired = [entry for entry in self._retired if entry[1] not in due]
+        for client in due:
+            await client.aclose()
 
     def _take(self, slots: list[str], addresses: dict[str, Address]) -> None:
         if slots == self._slots:
@@ -202,9 +234,8 @@ class Cluster:
                     raise part
                 for index, answer in zip(indexes, part, strict=True):
                     answers[index] = answer
-            waiting = [
-                i for i in waiting if isinstance(answers[i], (AskError, TryAgainError))
-            ]  # MOVED is a kind of ASK
+            # MOVED is a kind of ASK.
+            waiting = [i for i in waiting if isinstance(answers[i], (AskError, TryAgainError))]
             if not waiting:
                 break
             waiting = await self._redirect(commands, answers, waiting)
@@ -287,6 +318,12 @@ class SlotLine(NodeLine):
             await self.drop()
             self._connection = None
             self.node = node
+
+
+def _epochs(nodes: bytes) -> dict[str, int]:
+    """Configuration epochs by node id, out of CLUSTER NODES."""
+    lines = (line.split() for line in nodes.decode().splitlines())
+    return {words[0]: int(words[6]) for words in lines if len(words) > 6}
 
 
 def _target(redirection: AskError) -> Address:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
@@ -58,6 +58,13 @@ def connection_options(url: RedisUrl, sentinels: Sentinels | None) -> dict[str, 
     return {"connection_class": _telling(kind), **options}
 
 
+class Master(NamedTuple):
+    """A master as a Sentinel knows it: where, and its run. One node may be known by several addresses."""
+
+    address: Address
+    run_id: str
+
+
 class Sentinels:
     """The Sentinels of a deployment. Asked all at once: one that was cut off may name a master of the past."""
 
@@ -84,17 +91,17 @@ class Sentinels:
                 await client.aclose()
 
     async def locate(self) -> Address:
-        """`master`, of Sentinels to which nothing is connected."""
+        """Where the master is, of Sentinels to which nothing is connected."""
         async with self.connected() as clients:
-            return await self.master(clients)
+            return (await self.master(clients)).address
 
-    async def master(self, clients: Sequence[Redis]) -> Address:
-        """Where the master is now: what the latest failover made it, as far as most of them know.
+    async def master(self, clients: Sequence[Redis]) -> Master:
+        """The master now: what the latest failover made it, as far as most of them know.
 
         Raises `NotConnected` when none knows one that is up.
         """
         asking = [asyncio.ensure_future(self._ask(client)) for client in clients]
-        found: list[tuple[int, Address]] = []
+        found: list[tuple[int, Master]] = []
         heard = 0
         try:
             for answer in asyncio.as_completed(asking):
@@ -104,7 +111,8 @@ class Sentinels:
                     continue
                 heard += 1
                 if state.get("is_master") and not state["is_sdown"] and not state["is_odown"]:
-                    found.append((int(state.get("config-epoch", 0)), (str(state["ip"]), int(state["port"]))))
+                    known = Master((str(state["ip"]), int(state["port"])), str(state.get("runid", "")))
+                    found.append((int(state.get("config-epoch", 0)), known))
                 if found and heard > len(asking) // 2:
                     break
         finally:
@@ -132,13 +140,19 @@ def _telling(kind: type[AbstractConnection]) -> type[AbstractConnection]:
 
         @property
         def closed_by_peer(self) -> bool:
-            """Whether the server has closed it while nothing was asked."""
+            """Whether it was closed, or reset, while nothing was asked."""
             reader = self._reader
-            return reader is not None and reader.at_eof()
+            return reader is not None and (reader.at_eof() or reader.exception() is not None)
+
+        async def can_read(self, *args: Any, **options: Any) -> bool:
+            # The pool asks whether a connection is as good as new; redis-py does not notice one that was reset.
+            return self.closed_by_peer or await super().can_read(*args, **options)
 
         async def connect(self) -> Any:
             if self.is_connected:
-                return
+                if not self.closed_by_peer:
+                    return
+                await self.disconnect(nowait=True)
             try:
                 if self._locate is not None:
                     self.host, self.port = await self._locate()

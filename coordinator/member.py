@@ -158,11 +158,18 @@ class Member:
         """Whether look-ups reach that node."""
         return await self._watch.sees_known_node(self._keys.lease(self.incarnation))
 
-    async def believes_absence(self, session: str, record: SessionRecord | None) -> bool:
+    async def believes_absence(self, session: str, record: SessionRecord | None, *, certain: bool = False) -> bool:
         """Whether what a look-up has just not found is not there: the record of a session (None), or the lease of its
-        owner. Raises `Unavailable`."""
-        key = self._keys.session(session) if record is None else self._keys.lease(record.registration.owner)
-        return self.reachable and self._watch.absence_counts(key) and await self._watch.sees_known_node(key)
+        owner. `certain`: the owner has said itself that it ended, or gave the session up, and it is enough that the
+        record is the latest. Raises `Unavailable`."""
+        found = self._keys.session(session)
+        if certain:
+            return await self._watch.is_current(found)
+        keys = [found] if record is None else [found, self._keys.lease(record.registration.owner)]
+        if not self.reachable or not all(self._watch.absence_counts(key) for key in keys):
+            return False
+        nodes = {self._watch.node_of(key): key for key in keys}
+        return all([await self._watch.sees_known_node(key) for key in nodes.values()])
 
     def record_node(self, session: str) -> int | None:
         """A short name of the node that has the record of a session, and of its run: another one may have forgotten it.
@@ -290,7 +297,8 @@ class Member:
                     master = await sentinels.master(clients)
                 except REDIS_FAILURES:
                     continue  # it may be the Sentinels that are gone
-                if self._reader.address not in (None, master):
+                elsewhere = self._reader.address not in (None, master.address)
+                if elsewhere and master.run_id and self.clock.run_id not in ("", master.run_id):
                     logger.warning("master_replaced")
                     await self._reader.drop()
                     if isinstance(self._lookups, Redis):
@@ -375,8 +383,8 @@ class Member:
                 broken = True
                 self._broken()
                 await self._reader.drop()
-                if self._watch.cluster is not None and monotonic() > self._fence + self.lease_ttl_s * MARGIN:
-                    return  # another master may answer
+                if monotonic() > self._fence + self.lease_ttl_s * MARGIN:
+                    return  # the lease is over, whoever answers next: nobody may wait for us any longer
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
                 delay = min(high, delay * 2)
 

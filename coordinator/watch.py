@@ -122,6 +122,20 @@ class Watch:
             server: dict[str, Any] = await execute(client, "INFO", "server")
         return server["run_id"] == self._clocks[node].run_id
 
+    async def is_current(self, key: str) -> bool:
+        """Whether what a look-up has just found is the latest that was written: the node that has it has been master
+        for a lease at least, on its own word or because it was watched. A replica that lags, and was promoted a moment
+        ago, shows what has been overwritten. Raises `Unavailable`."""
+        async with translated("node"):
+            node = self.node_of(key)
+            client = self._lookups if isinstance(self._lookups, Redis) else self._lookups.client(node)
+            server, replication = await execute_all(client, [("INFO", "server"), ("INFO", "replication")])
+        if self.cluster is not None and monotonic() - self.cluster.gained.get(node, float("-inf")) < self._lease_ttl_s:
+            return False
+        if settled_for(server, replication) >= self._lease_ttl_s:
+            return True
+        return self.absence_counts(key) and server["run_id"] == self._clocks[node].run_id
+
     # -- peers -----------------------------------------------------------------------------------------------------
 
     def watch(self, peer: str) -> None:

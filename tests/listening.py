@@ -44,7 +44,7 @@ class Speaker:
     async def serve(self, request: web.Request) -> web.StreamResponse:
         session = request.headers.get("mcp-session-id", "")
         if request.method == "DELETE":
-            self.streams.pop(session).force_close() if session in self.streams else None
+            self.streams.pop(session, None)
             self.kept.pop(session, None)
             return web.Response()
         if request.method == "GET":

@@ -24,7 +24,7 @@ from ..coordinator import Fate, Member, Registration, SealError, SessionRecord, 
 from ..pool import Message, PoolError
 from ..pool.jsonrpc import RequestId
 from ..pool.safety import is_safe_call
-from .answers import JSON, outcome_body, session_not_found, turned_away, unavailable
+from .answers import JSON, Refused, outcome_body, session_not_found, turned_away, unavailable
 from .asgi import Receive, Scope, Send, respond
 from .errors import NotRun, OutcomeUnknown
 from .exchange import REPEAT
@@ -88,6 +88,14 @@ class Affinity:
 
     async def dispatch(self, call: Call, receive: Receive, guard: Guard) -> None:
         """Answer a call. Raises `Refused`, `Disconnected`, and `BrokenOff` when an answer had begun."""
+        try:
+            await self._dispatch(call, receive, guard)
+        except Refused as refusal:
+            if REPEAT in call.scope and refusal.data == {"outcome": "not_run"}:
+                refusal.data = {"outcome": "unknown"}  # an earlier try may have run
+            raise
+
+    async def _dispatch(self, call: Call, receive: Receive, guard: Guard) -> None:
         delay, longest = BACKOFF_S
         for attempt in range(MAX_ROUTES):
             if attempt > 1:
@@ -187,8 +195,8 @@ class Affinity:
             found = _Absent(None) if self._sessions.is_leaving(key) else await self._look(key)
             if not isinstance(found, _Absent):
                 return found
-            if not self._sessions.is_leaving(key) and (
-                found.certain or await self._member.believes_absence(key, found.record)
+            if not self._sessions.is_leaving(key) and await self._member.believes_absence(
+                key, found.record, certain=found.certain
             ):
                 decided = await self._absent(found.record)
                 if decided is None and opens is not None:

@@ -250,7 +250,7 @@ class Forwarder:
             exchange.end(abort=True)
         finally:
             exchange.end(abort=True)  # a no-op after a complete response
-            del self._owners[exchange.peer, exchange.id]
+            self._owners.pop((exchange.peer, exchange.id), None)
             self._member.unwatch(exchange.peer)
 
     def _count_nack(self, reason: str) -> None:

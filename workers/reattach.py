@@ -33,6 +33,9 @@ logger = logging.getLogger("leasehold.workers.reattach")
 PATIENCE_S: Final = 5.0
 """A stream is given up when, for a lease and so long, nobody could go on with it."""
 BACKOFF_S: Final = (0.02, 1.0)
+SPREAD_S: Final = 0.001
+"""So much longer a stream may wait for each other one that is lost now: an owner may leave thousands, and each costs a
+look-up or an adoption."""
 STEADY_S: Final = 1.0
 """A stream that went on for so long is no sequel to what was before."""
 MAX_HELD: Final = 1024 * 1024
@@ -52,6 +55,7 @@ class Streams:
         self._affinity = affinity
         self._reattached = reattached
         self._patience_s = lease_ttl_s + PATIENCE_S
+        self._lost = 0
 
     async def dispatch(
         self, call: Call, receive: Receive, guard: Guard, *, call_timeout_s: float | None = None
@@ -112,8 +116,7 @@ class Streams:
         lost_at = loop.time()
         delay, longest = BACKOFF_S
         while tape.can_go_on:
-            with until_disconnect(receive):
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+            await self._pause(delay, receive)
             tape.begin_anew(lambda: self._reattached(what))
             has_ended = False
             try:
@@ -133,6 +136,15 @@ class Streams:
                 logger.info("stream_given_up session=%s what=%s status=%d", call.key[:8], what, tape.status)
                 return
             delay = min(longest, delay * 2)
+
+    async def _pause(self, delay_s: float, receive: Receive) -> None:
+        self._lost += 1
+        try:
+            with until_disconnect(receive):
+                spread_s = random.uniform(0, self._lost * SPREAD_S)  # noqa: S311
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0) + spread_s)  # noqa: S311
+        finally:
+            self._lost -= 1
 
 
 class _Done(Exception):
