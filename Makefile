@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export UV_NO_PROGRESS := 1
 unexport VIRTUAL_ENV PYTHONPATH
 
-.PHONY: help setup demo test acceptance conformance bench memory soak lint format lock clean
+.PHONY: help setup demo test acceptance conformance chaos bench failover memory soak lint format lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r verb what; do \
@@ -38,9 +38,15 @@ acceptance: setup $(ENVS)/sdk1/.done $(ENVS)/fastmcp/.done $(ENVS)/node/.done ##
 conformance: setup $(ENVS)/node/.done ## run the protocol's conformance suite through four workers
 	$(BIN)/python tests/acceptance/conformance.py $(ARGS)
 
+chaos: setup ## faults in a seeded order, and a checker of what they did (ARGS="--seed 7 --minutes 10")
+	$(BIN)/python tests/chaos/run.py $(ARGS)
+
 bench: setup ## measure what a call costs: by a hop, and through the pool (ARGS="--seconds 3 --json")
 	$(BIN)/python bench/hop.py $(ARGS)
 	$(BIN)/python bench/pool.py $(ARGS)
+
+failover: setup ## measure how long kills, restarts and takeovers last (ARGS="--json --only kill")
+	$(BIN)/python bench/failover.py $(ARGS)
 
 memory: setup ## measure what idle sessions weigh, and that nothing grows (ARGS=--quick)
 	$(BIN)/python bench/memory.py $(ARGS)
