@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -190,6 +191,15 @@ def settled_for(server: Mapping[str, Any], replication: Mapping[str, Any]) -> fl
     if replication.get("role") != "master" or str(replication.get("second_repl_offset")) != "-1":
         return 0.0
     return max(0.0, float(server.get("uptime_in_seconds") or 0) - 1)  # whole seconds, and rounded
+
+
+def alone_since(server: Mapping[str, Any], replication: Mapping[str, Any]) -> float:
+    """The node's time, in ms, from which on it has certainly written all that it has itself; infinite for a replica,
+    and for one that was promoted. What it had before may be from a file or another node, and overwritten since."""
+    if replication.get("role") != "master" or str(replication.get("second_repl_offset")) != "-1":
+        return inf
+    now_ms = float(server.get("server_time_usec") or inf) / 1000
+    return now_ms - float(server.get("uptime_in_seconds") or 0) * 1000 + 1000
 
 
 async def scan_hashes(

@@ -164,7 +164,7 @@ class Member:
         record is the latest. Raises `Unavailable`."""
         found = self._keys.session(session)
         if certain:
-            return await self._watch.is_current(found)
+            return await self._watch.is_current(found, 0 if record is None else record.registration.epoch)
         keys = [found] if record is None else [found, self._keys.lease(record.registration.owner)]
         if not self.reachable or not all(self._watch.absence_counts(key) for key in keys):
             return False

@@ -28,6 +28,7 @@ from .client import (
     REDIS_FAILURES,
     Argument,
     Line,
+    alone_since,
     execute,
     execute_all,
     overdue,
@@ -40,6 +41,7 @@ from .errors import SealError
 from .keys import Keys
 from .outbox import Outbox
 from .peers import Fate, Listener
+from .single_flight import SingleFlight
 
 logger = logging.getLogger("leasehold.coordinator.watch")
 
@@ -74,6 +76,11 @@ class Watch:
         """Watched peers of which `peer_down` was told."""
         self._look = asyncio.Event()
         self._seen_version = 0
+        # Thousands of sessions may be taken over at once, and what is asked for each is the same.
+        self.fate = SingleFlight(self._ask_fate)
+        """Whether a worker has a lease now, or said (or its supervisor did) that it has ended; raises
+        `Unavailable`."""
+        self._node_says = SingleFlight(self._ask_node)
         self.looked = asyncio.Event()
         """Every node that can be was looked at once."""
 
@@ -116,23 +123,20 @@ class Watch:
     async def sees_known_node(self, key: str) -> bool:
         """Whether look-ups of a key reach the node that was watched: after a failover they may see another one first.
         Raises `Unavailable`."""
-        async with translated("node"):
-            node = self.node_of(key)
-            client = self._lookups if isinstance(self._lookups, Redis) else self._lookups.client(node)
-            server: dict[str, Any] = await execute(client, "INFO", "server")
+        node = self.node_of(key)
+        server, _ = await self._node_says(node)
         return server["run_id"] == self._clocks[node].run_id
 
-    async def is_current(self, key: str) -> bool:
-        """Whether what a look-up has just found is the latest that was written: the node that has it has been master
-        for a lease at least, on its own word or because it was watched. A replica that lags, and was promoted a moment
-        ago, shows what has been overwritten. Raises `Unavailable`."""
-        async with translated("node"):
-            node = self.node_of(key)
-            client = self._lookups if isinstance(self._lookups, Redis) else self._lookups.client(node)
-            server, replication = await execute_all(client, [("INFO", "server"), ("INFO", "replication")])
+    async def is_current(self, key: str, epoch: int) -> bool:
+        """Whether the record that a look-up has just found is the latest that was written: the node that has it has
+        been master for a lease at least, on its own word or because it was watched; or the record's epoch, a time of
+        the node, is later than its start. A replica that lags, and was promoted a moment ago, shows what has been
+        overwritten. Raises `Unavailable`."""
+        node = self.node_of(key)
+        server, replication = await self._node_says(node)
         if self.cluster is not None and monotonic() - self.cluster.gained.get(node, float("-inf")) < self._lease_ttl_s:
             return False
-        if settled_for(server, replication) >= self._lease_ttl_s:
+        if settled_for(server, replication) >= self._lease_ttl_s or alone_since(server, replication) < epoch:
             return True
         return self.absence_counts(key) and server["run_id"] == self._clocks[node].run_id
 
@@ -149,8 +153,12 @@ class Watch:
             del self._watched[peer]
             self._told.discard(peer)
 
-    async def fate(self, peer: str) -> Fate:
-        """Whether a worker has a lease now, or said (or its supervisor did) that it has ended; raises `Unavailable`."""
+    async def _ask_node(self, node: str) -> list[dict[str, Any]]:
+        async with translated("node"):
+            client = self._lookups if isinstance(self._lookups, Redis) else self._lookups.client(node)
+            return await execute_all(client, [("INFO", "server"), ("INFO", "replication")])
+
+    async def _ask_fate(self, peer: str) -> Fate:
         async with translated("lease"):
             alive, ended = await execute_all(
                 self._lookups, [("EXISTS", self._keys.lease(peer)), ("EXISTS", self._keys.ended(peer))]

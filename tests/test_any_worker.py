@@ -23,6 +23,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.process, pytest.mark.xdist_group("a
 SESSIONS, CALLS = 10, 20
 FEATURES = 11
 SERVERS = pytest.mark.parametrize("server", ["http", "sse", "stdio"])
+BY_REAL_CLIENTS = pytest.mark.parametrize(
+    "server", ["http", *(pytest.param(name, marks=pytest.mark.acceptance) for name in ("sse", "stdio"))]
+)
+"""Whole clients take their time: the other transports where minutes count less."""
 SSE_SERVER = Path(__file__).parent / "servers" / "counter_sse.py"
 PATIENCE_S = 15.0
 CAPABILITIES = {"sampling": {}, "elicitation": {}, "roots": {}}
@@ -57,7 +61,7 @@ async def fleet(journal: Path) -> AsyncIterator[Fleet]:
             yield fleet
 
 
-@SERVERS
+@BY_REAL_CLIENTS
 async def test_every_call_of_a_real_client_is_executed_once_and_in_order(
     fleet: Fleet, journal: Path, server: str
 ) -> None:
@@ -70,7 +74,7 @@ async def test_every_call_of_a_real_client_is_executed_once_and_in_order(
     (await Traffic.of(fleet)).since(before).check_spread()
 
 
-@SERVERS
+@BY_REAL_CLIENTS
 async def test_every_feature_of_a_session_works(fleet: Fleet, server: str) -> None:
     command = [env.PYTHON_DEV, env.client("features.py"), "--url", fleet.url(server), "--at-once", "3"]
     done = await report(command, timeout_s=60)

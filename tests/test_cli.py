@@ -273,18 +273,16 @@ class TestListings:
         assert first != second
         assert (await session.call("increment")).text == "2"
         back = await command("sessions", "move", session.key, "--to", first[:8])
-        assert (back.code, await owner()) == (0, first)
+        assert (back.code, back.out) == (0, f"{session.key[:12]}: {second[:8]} -> {first[:8]}\n")
         drained = await command("drain", first[:8], "--wait", "10")
         assert (drained.code, drained.err) == (0, "")
         assert drained.out.startswith(f"{first[:8]}: drained; 0 sessions are left on it")
         assert (await session.call("increment")).text == "3"
         assert await owner() == second
-        assert len(json.loads((await command("workers", "ls", "--json")).out)) == 2
         wrong = await command("sessions", "evict", session.key, secret="another secret that is long enough")
         assert (wrong.code, wrong.out) == (1, "")
         assert "did not answer" in wrong.err
         evicted = await command("sessions", "evict", session.key[:12])
         assert evicted == Result(0, f"{session.key[:12]}: ended\n", "")
         assert (await session.post({"jsonrpc": "2.0", "id": "gone", "method": "ping"})).status == 404
-        assert (await command("sessions", "show", session.key[:12])).err.startswith("leasehold: ")
         assert "Traceback" not in gateway.output()

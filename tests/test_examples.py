@@ -93,7 +93,9 @@ def test_the_pool_alone_shares_few_sessions_among_many_tasks_and_says_what_it_co
 # -- the agent loop ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["alone", "redis given"])
+@pytest.mark.parametrize(
+    "given", [False, pytest.param(True, marks=pytest.mark.acceptance)], ids=["alone", "redis given"]
+)
 def test_conversations_of_the_agent_loop_go_on_from_one_process_to_the_other(
     tmp_path: Path, redis_url: str, given: bool
 ) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from math import inf
 from typing import Any
 
 import pytest
 from faults import Mode, eventually, proxied
 from leasehold.coordinator import RedisClients, Unavailable, list_peers
-from leasehold.coordinator.client import parse_info, settled_for
+from leasehold.coordinator.client import alone_since, parse_info, settled_for
 from leasehold.coordinator.embedded import EmbeddedRedis
 from leasehold.coordinator.frames import Frame, FrameType
 from members import KEYS, LEASE_MS, PER_MEMBER, Peer, Routed, fleet, one_of, two_of
@@ -295,6 +296,15 @@ class TestPeers:
         assert settled_for(up, parse_info(b"role:master\r\nsecond_repl_offset:17\r\n")) == 0
         assert settled_for(up, parse_info(b"role:slave\r\nsecond_repl_offset:-1\r\n")) == 0
         assert settled_for(up, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == 499
+
+    def test_what_a_master_that_was_never_promoted_has_written_since_its_start_is_the_latest(self) -> None:
+        """What it had at its start may be from a file, and overwritten since by another node."""
+        up = parse_info(b"# Server\r\nuptime_in_seconds:500\r\nserver_time_usec:1000000000\r\n")
+        assert alone_since(up, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == 1_000_000 - 500_000 + 1_000
+        assert alone_since(up, parse_info(b"role:master\r\nsecond_repl_offset:17\r\n")) == inf
+        assert alone_since(up, parse_info(b"role:slave\r\nsecond_repl_offset:-1\r\n")) == inf
+        untimed = parse_info(b"# Server\r\nuptime_in_seconds:500\r\n")
+        assert alone_since(untimed, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == inf
 
 
 class TestMailbox:

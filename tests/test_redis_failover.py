@@ -161,6 +161,7 @@ class TestSentinel:
             await _grown(watched.url, [*kept, *lost], [*old, *[0] * 4])
             fleet.check()
 
+    @pytest.mark.acceptance
     async def test_b27_what_a_promoted_replica_says_was_handed_off_is_not_believed_for_a_lease(
         self, watched: Watched
     ) -> None:
@@ -176,6 +177,7 @@ class TestSentinel:
             await eventually(peer.member.absence_counts)
             assert await believes(certain=True)
 
+    @pytest.mark.acceptance
     async def test_b32_absence_proves_nothing_for_a_lease_after_the_failover(self, watched: Watched) -> None:
         peer = Peer(RedisClients(watched.url), lease_ttl_ms=1500)
         async with fleet(peer):

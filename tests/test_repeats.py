@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 import pytest
 from aiohttp import web
+from leasehold.pool import Message, OpenFailed
+from leasehold.pool.http_link import HttpLink
 from leasehold.workers.errors import OutcomeUnknown
 from leasehold.workers.worker import Worker
 from whole_workers import VERSION, Client, worker
@@ -143,3 +145,31 @@ async def test_b8_a_tool_that_the_server_declares_harmless_is_repeated_for_who_h
         finally:
             LISTED[None] = before
         assert await ran(client) == 1, "a new list says otherwise"
+
+
+@pytest.mark.parametrize("affinity", ["session", "principal"])
+async def test_b8_a_repetition_that_does_not_reach_the_server_is_not_told_as_a_call_that_did_not_run(
+    redis_url: str, recorder: Recorder, affinity: str
+) -> None:
+    """The first try may have run."""
+    servers = {"counter": {"url": recorder.url, "leasehold": {"affinity": affinity}}}
+    async with worker(redis_url, servers) as one, worker(redis_url, servers) as two:
+        client = Client(one)
+        await client.initialize()
+        client.worker = two
+        lose_first_answer(two)
+        post = HttpLink.post
+        tries = 0
+
+        async def failing(link: HttpLink, message: Message, body: bytes, headers: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                raise OpenFailed("cannot connect")
+            return await post(link, message, body, headers)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HttpLink, "post", failing)
+            status, answer = await client.send("POST", "ping", {})
+        assert (status, answer["error"]["data"]) == (200, {"outcome": "unknown"})
+        assert tries == 2

@@ -18,7 +18,12 @@ from leasehold.pool.sse import EventSplitter, event_data, event_id
 from mcp_http import RawSession
 from test_owner_death import kill
 
-pytestmark = [pytest.mark.anyio, pytest.mark.process, pytest.mark.xdist_group("streams_killed")]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.process,
+    pytest.mark.acceptance,
+    pytest.mark.xdist_group("streams_killed"),
+]
 
 LEASE_S = 1.0
 GRACE_S = 1

@@ -38,12 +38,15 @@ from mcp_http import RawSession
 
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
-each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
-each_when_frozen = pytest.mark.parametrize(
-    "transport",
-    [pytest.param(each, marks=[] if each == JSON else pytest.mark.acceptance) for each in TRANSPORTS],
-)
-"""Every one waits for time limits; one of them does where minutes count."""
+
+def those(*quick: str) -> Any:
+    """All transports; those that are not quick where minutes count less."""
+    marked = [pytest.param(each, marks=[] if each in quick else pytest.mark.acceptance) for each in TRANSPORTS]
+    return pytest.mark.parametrize("transport", marked)
+
+
+each_transport = those(HTTP, JSON, SSE)
+each_when_frozen = those(JSON)
 each_http = pytest.mark.parametrize("transport", [HTTP, JSON])
 Figure = Callable[[str, float], None]
 
@@ -334,6 +337,7 @@ async def test_b16_down_for_long_opens_the_circuit_and_coming_back_closes_it(
         await comes_back(everybody, figure)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("transport", [JSON])
 async def test_b16_one_that_hangs_when_sessions_are_opened_is_as_good_as_down(
     redis_url: str, upstream: Upstream, figure: Figure
@@ -353,6 +357,7 @@ async def test_b16_one_that_hangs_when_sessions_are_opened_is_as_good_as_down(
 # -- behind `leasehold serve` ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.acceptance
 async def test_b9_upstreams_of_a_gateway_that_die_cost_their_own_clients_a_call(tmp_path: Path) -> None:
     """B9, B7: over real HTTP, one transport after the other, while calls to the others run."""
     async with AsyncExitStack() as stack:

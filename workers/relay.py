@@ -16,7 +16,7 @@ from ..coordinator.event_log import SessionEvents
 from ..pool import Fenced, Link, Message, PoolError, Reply, SessionClosed
 from ..pool.calls import Posts
 from ..pool.sse import STREAM_HEADERS, event
-from .answers import JSON, pool_error_body, turned_away
+from .answers import JSON, outcome_body, pool_error_body, turned_away
 from .asgi import Headers, Receive, Send, is_event_stream, respond, until_disconnect
 from .errors import BrokenOff, NotRun
 from .event_log import OwnStream
@@ -28,13 +28,20 @@ GET_RETRY_FOR_S: Final = 10.0
 
 
 async def relay_post(
-    link: Posts, message: Message, body: bytes, headers: Headers, receive: Receive, send: Send
+    link: Posts,
+    message: Message,
+    body: bytes,
+    headers: Headers,
+    receive: Receive,
+    send: Send,
+    *,
+    is_repeat: bool = False,
 ) -> None:
-    """Send one message and stream the reply.
+    """Send one message and stream the reply. `is_repeat`: an earlier try may have run, whatever becomes of this one.
 
     Raises `NotRun`, `Refused`, `Disconnected`, and `BrokenOff` after a reply had begun.
     """
-    await _relay(lambda: link.post(message, body, headers), message, receive, send)
+    await _relay(lambda: link.post(message, body, headers), message, receive, send, is_repeat=is_repeat)
 
 
 async def relay_get(
@@ -104,7 +111,14 @@ async def _until_moved(chunks: AsyncGenerator[bytes, None], link: Link) -> Async
         raise BrokenOff("the session has moved, or ended")
 
 
-async def _relay(ask: Callable[[], Awaitable[Reply]], message: Message | None, receive: Receive, send: Send) -> None:
+async def _relay(
+    ask: Callable[[], Awaitable[Reply]],
+    message: Message | None,
+    receive: Receive,
+    send: Send,
+    *,
+    is_repeat: bool = False,
+) -> None:
     request = message if message is not None and message.kind == "request" else None
     with until_disconnect(receive):
         try:
@@ -112,7 +126,8 @@ async def _relay(ask: Callable[[], Awaitable[Reply]], message: Message | None, r
         except PoolError as error:
             if request is None or isinstance(error, SessionClosed | Fenced):
                 raise _refusal(error) from error
-            await respond(send, 200, pool_error_body(error, request.id), JSON)
+            outcome = "unknown" if is_repeat else error.outcome
+            await respond(send, 200, outcome_body(str(error), outcome, request.id), JSON)
             return
         await _stream(reply, request, send)
 

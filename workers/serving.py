@@ -45,8 +45,9 @@ class Serving:
                 self._remember(session, headers)
             if call.message is not None:
                 # What may be running under this id upstream is asked for again under another one.
-                way = SharedLink(link, SharedIds(session.next_id), b"") if REPEAT in call.scope else link
-                await relay_post(way, call.message, call.body, headers, receive, send)
+                is_repeat = REPEAT in call.scope
+                way = SharedLink(link, SharedIds(session.next_id), b"") if is_repeat else link
+                await relay_post(way, call.message, call.body, headers, receive, send, is_repeat=is_repeat)
             elif call.scope["method"] == "GET":
                 events = self._log(owned)
                 await relay_get(link, headers, receive, send, adopted=owned.adopted, events=events)

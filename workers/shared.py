@@ -30,6 +30,7 @@ from .asgi import Receive, Send, header, respond, until_disconnect
 from .door import method_not_allowed
 from .errors import BrokenOff
 from .event_log import BEGINS_AFTER, LAST_EVENT_ID, with_id
+from .exchange import REPEAT
 from .relay import relay_post, stream_out
 
 logger = logging.getLogger("leasehold.workers.shared")
@@ -98,7 +99,8 @@ class SharedRelay:
             await respond(send, 202, b"", [])
         else:
             link = SharedLink(HeardLink(self._session.link, self._session), self._ids, client)
-            await relay_post(link, message, call.body, call.scope["headers"], receive, send)
+            headers, is_repeat = call.scope["headers"], REPEAT in call.scope
+            await relay_post(link, message, call.body, headers, receive, send, is_repeat=is_repeat)
 
     # -- the stream of messages that belong to no request ----------------------------------------------------------
 

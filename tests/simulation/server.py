@@ -136,8 +136,8 @@ class RedisNode:
         uptime = int(self._time_s() - self.started_at)
         offset = b"1234" if self.promoted else b"-1"
         texts = {
-            b"server": b"# Server\r\nredis_version:7.0.15\r\nrun_id:%s\r\nuptime_in_seconds:%d\r\n"
-            % (self.run_id.encode(), uptime),
+            b"server": b"# Server\r\nrun_id:%s\r\nuptime_in_seconds:%d\r\nserver_time_usec:%d\r\n"
+            % (self.run_id.encode(), uptime, self.now_ms * 1000),
             b"replication": b"# Replication\r\nrole:master\r\nsecond_repl_offset:%s\r\n" % offset,
         }
         return texts[section.lower()]
