@@ -198,8 +198,11 @@ def alone_since(server: Mapping[str, Any], replication: Mapping[str, Any]) -> fl
     and for one that was promoted. What it had before may be from a file or another node, and overwritten since."""
     if replication.get("role") != "master" or str(replication.get("second_repl_offset")) != "-1":
         return inf
-    now_ms = float(server.get("server_time_usec") or inf) / 1000
-    return now_ms - float(server.get("uptime_in_seconds") or 0) * 1000 + 1000
+    if "server_time_usec" not in server:
+        return inf
+    now_s = int(server["server_time_usec"]) // 1_000_000
+    # Its uptime is the difference of two times in whole seconds: it may have started up to a second later.
+    return (now_s - float(server.get("uptime_in_seconds") or 0) + 1) * 1000
 
 
 async def scan_hashes(

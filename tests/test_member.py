@@ -299,8 +299,8 @@ class TestPeers:
 
     def test_what_a_master_that_was_never_promoted_has_written_since_its_start_is_the_latest(self) -> None:
         """What it had at its start may be from a file, and overwritten since by another node."""
-        up = parse_info(b"# Server\r\nuptime_in_seconds:500\r\nserver_time_usec:1000000000\r\n")
-        assert alone_since(up, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == 1_000_000 - 500_000 + 1_000
+        up = parse_info(b"# Server\r\nuptime_in_seconds:500\r\nserver_time_usec:1000900000\r\n")
+        assert alone_since(up, parse_info(b"role:master\r\nsecond_repl_offset:-1\r\n")) == (1_000 - 500 + 1) * 1_000
         assert alone_since(up, parse_info(b"role:master\r\nsecond_repl_offset:17\r\n")) == inf
         assert alone_since(up, parse_info(b"role:slave\r\nsecond_repl_offset:-1\r\n")) == inf
         untimed = parse_info(b"# Server\r\nuptime_in_seconds:500\r\n")

@@ -23,6 +23,7 @@ from faulty_upstreams import (
     PRINCIPAL,
     SESSION,
     SHARED,
+    SSE,
     STDIO,
     TRANSPORTS,
     Callers,
