@@ -252,6 +252,7 @@ class TestListings:
         assert TOKEN not in shown
         assert session.session_id not in gateway.output()
 
+    @pytest.mark.acceptance
     async def test_operations_act_on_what_runs(self, listed: tuple[Running, str, RawSession]) -> None:
         """B46: a client notices nothing of a move or a drain."""
         gateway, url, session = listed

@@ -212,7 +212,7 @@ async def test_b23_a_session_is_of_no_use_after_its_block(redis_url: str, server
 async def test_b3_a_fleet_that_is_cancelled_while_it_joins_leaves_nothing() -> None:
     """The runner of these tests fails one that leaves a task behind."""
     config = {"mcpServers": {"a": {"url": "http://127.0.0.1:1/mcp"}}}
-    for turns in (0, 1, 3, 200):
+    for turns in (0, 3, 200):
         fleet = Fleet("redis://127.0.0.1:1", config=config, secret=SECRET)
         joining = asyncio.create_task(fleet.__aenter__())
         for _ in range(turns):

@@ -286,6 +286,7 @@ class TestPeers:
                 await eventually(lambda: bool(peer.downs))
                 assert time.monotonic() - joined > 1.0
 
+    @pytest.mark.acceptance
     async def test_a_redis_that_has_stood_for_long_is_believed_at_once_unless_it_was_promoted(self) -> None:
         with EmbeddedRedis() as server:
             await asyncio.sleep(4.5)  # it says so itself, in whole seconds

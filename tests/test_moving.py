@@ -10,7 +10,7 @@ import pytest
 from faults import Mode, eventually, proxied
 from leasehold.coordinator import Directory, Keys, RedisClients, SessionRecord
 from leasehold.pool import SessionClosed
-from leasehold.workers import placement
+from leasehold.workers import control_client, placement
 from leasehold.workers.control_client import ControlError, ask
 from leasehold.workers.operator import Operator, operator
 from leasehold.workers.settings import load_settings
@@ -346,7 +346,10 @@ class TestOperator:
             with pytest.raises(ControlError, match="did not answer: owner_down"):
                 await ask(one.forwarder, "ab" * 16, "status")
 
-    async def test_b39_without_the_secret_nothing_can_be_asked(self, redis_url: str, stub: Upstream) -> None:
+    async def test_b39_without_the_secret_nothing_can_be_asked(
+        self, redis_url: str, stub: Upstream, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(control_client, "ASK_S", 0.5)
         settings = load_settings({"LEASEHOLD_SECRET": "another secret that is long enough"}, serving=False)
         async with worker(redis_url, servers(stub)) as one:
             client = await opened(one)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -73,14 +76,14 @@ def kill(fleet: Fleet, index: int) -> None:
         os.kill(pid, signal.SIGKILL)
     fleet.workers[index].kill()
     # Until they are gone their socket takes connections that nobody will serve: the balancer's loss, not ours.
-    wait_until(lambda: not any(lives(pid) for pid in pids), "the killed workers live")
+    wait_until(lambda: is_refused(fleet.workers[index].url), "the killed workers listen")
 
 
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+def is_refused(url: str) -> bool:
+    """Whether nobody listens there."""
+    where = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((where.hostname, where.port)) == errno.ECONNREFUSED
 
 
 async def test_a_session_goes_on_where_it_was_after_its_owner_was_killed(

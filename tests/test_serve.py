@@ -123,7 +123,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Three workers and a Redis of their own; a test leaves them whole."""
     with serving(tmp_path_factory.mktemp("s")) as served:
         served.wait_whole()
-        time.sleep(1)  # what is written in a Redis's first second is believed only after a lease: it may be from a file
         yield served
 
 
@@ -165,6 +164,10 @@ class TestTogether:
     ) -> None:
         before = shared.workers
         wait_until(lambda: shared.metric("leasehold_redis_reachable") == WORKERS, "not all are counted")
+        # What a Redis has in its first second may be from a file, and is believed only after a lease.
+        (url,) = re.findall(r"redis_embedded url=(\S+)", shared.serve.output())
+        with redis.Redis.from_url(url) as client:
+            wait_until(lambda: client.info("server")["uptime_in_seconds"] >= 2, "Redis does not stand")
         async with RawSession(http, shared.url()) as session:
             counted, owner = await count(session)
             assert counted == "1"

@@ -23,7 +23,6 @@ from faulty_upstreams import (
     PRINCIPAL,
     SESSION,
     SHARED,
-    SSE,
     STDIO,
     TRANSPORTS,
     Callers,
@@ -46,7 +45,7 @@ def those(*quick: str) -> Any:
     return pytest.mark.parametrize("transport", marked)
 
 
-each_transport = those(HTTP, JSON, SSE)
+each_transport = those(HTTP, JSON)
 each_when_frozen = those(JSON)
 each_http = pytest.mark.parametrize("transport", [HTTP, JSON])
 Figure = Callable[[str, float], None]
@@ -137,6 +136,7 @@ async def test_b9_killed_in_mid_call(redis_url: str, upstream: Upstream, figure:
         await initialize_again(everybody)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("transport", [JSON])
 async def test_b9_callers_of_another_upstream_see_nothing_of_it(
     redis_url: str, upstream: Upstream, tmp_path: Path

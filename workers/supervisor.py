@@ -52,6 +52,7 @@ CLOSING_S: Final = 30.0
 15 s, their records 2 s, its membership 9 s."""
 NOTICE_TIMEOUT_S: Final = 0.2
 TICK_S: Final = 0.5
+TELL_AGAIN_S: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -85,6 +86,8 @@ class Supervisor:
         self._children: dict[int, _Child] = {}
         self._restart_at: dict[int, float] = {}
         self._short_lives: dict[int, int] = {}
+        self._dead: dict[str, float] = {}
+        """Incarnations whose end has still to be told, and until when that is of use."""
         self._redis: EmbeddedRedis | None = None
         self._redis_url = ""
         self._redis_died = False
@@ -184,7 +187,8 @@ class Supervisor:
         return bool(asked)
 
     def _until_due(self) -> float:
-        return max(0.0, min([TICK_S, *(due - time.monotonic() for due in self._restart_at.values())]))
+        longest = TELL_AGAIN_S if self._dead else TICK_S
+        return max(0.0, min([longest, *(due - time.monotonic() for due in self._restart_at.values())]))
 
     def _fork_due(self) -> None:
         now = time.monotonic()
@@ -264,7 +268,9 @@ class Supervisor:
             forget_process(child.pid, counted=bool(child.incarnation))
             self._tell_death(child, code)
         # One that ended by itself has released its lease.
-        self._end_leases(child.incarnation for child, code in deaths if code != 0 and child.incarnation)
+        until = time.monotonic() + self._settings.lease_ttl_ms / 1000
+        self._dead |= {child.incarnation: until for child, code in deaths if code != 0 and child.incarnation}
+        self._end_leases()
 
     def _tell_death(self, child: _Child, code: int) -> None:
         if self._hold is None:  # everything stops
@@ -287,17 +293,24 @@ class Supervisor:
                 "yes" if child.incarnation else "no",
             )
 
-    def _end_leases(self, incarnations: Iterable[str]) -> None:
-        """Incarnations are random, so deleting by name can never hit a worker's successor."""
-        wanted = list(incarnations)
-        if not wanted or self._redis_died:
+    def _end_leases(self) -> None:
+        """Leave word that workers have ended; what could not be told is told again, for as long as leases last.
+
+        Incarnations are random, so deleting by name can never hit a worker's successor.
+        """
+        now = time.monotonic()
+        self._dead = {incarnation: until for incarnation, until in self._dead.items() if until > now}
+        if not self._dead or self._redis_died:
             return
+        wanted = list(self._dead)
         try:
             end_leases(self._redis_url, self._settings.namespace, wanted, NOTICE_TIMEOUT_S)
-            for incarnation in wanted:
-                logger.info("lease_ended incarnation=%s", incarnation[:8])
-        except REDIS_FAILURES as error:  # then they lapse
+        except REDIS_FAILURES as error:
             logger.warning("leases_not_ended count=%d error=%s", len(wanted), type(error).__name__)
+            return
+        self._dead.clear()
+        for incarnation in wanted:
+            logger.info("lease_ended incarnation=%s", incarnation[:8])
 
     def _restart_redis(self) -> bool:
         assert self._redis is not None
