@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from faults import Mode, eventually, proxied
-from leasehold.coordinator import Directory, Keys, RedisClients, SessionRecord
-from leasehold.pool import SessionClosed
+from leasehold.coordinator import Directory, Keys, RedisClients, SessionRecord, Unavailable
+from leasehold.pool import OpenFailed, SessionClosed
 from leasehold.workers import control_client, placement
 from leasehold.workers.control_client import ControlError, ask
 from leasehold.workers.operator import Operator, operator
 from leasehold.workers.settings import load_settings
 from leasehold.workers.worker import Worker
 from mcp_http import VERSION
+from redis.asyncio import Redis
 from whole_workers import SECRET, Client, Upstream, upstream, worker
 
 pytestmark = pytest.mark.anyio
@@ -149,6 +150,52 @@ class TestMove:
                 await ask(one.forwarder, two.member.incarnation, "adopt", client.key)
             assert await waiting == 2
             assert two.sessions.get(client.key) is not None
+
+    async def test_b32_a_record_that_redis_has_lost_is_written_again_by_who_hands_off(
+        self, redis_url: str, stub: Upstream
+    ) -> None:
+        """Owners are the truth: or its client would get 404."""
+        async with worker(redis_url, servers(stub)) as one, worker(redis_url, servers(stub)) as two:
+            client = await opened(one)
+            async with Redis.from_url(redis_url) as admin:
+                assert await admin.delete(Keys("leasehold").session(client.key)) == 1
+            await one.hand_off()
+            client.worker = two
+            assert await client.count() == 2
+
+    @pytest.mark.parametrize("lost", ["the answer", "the opening"])
+    async def test_b35_an_adoption_that_fails_half_way_leaves_the_session_to_the_next_caller(
+        self, redis_url: str, stub: Upstream, lost: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or everybody would be sent to a worker that does not have it."""
+        async with worker(redis_url, servers(stub)) as two, worker(redis_url, servers(stub)) as three:
+            async with worker(redis_url, servers(stub)) as one:
+                client = await opened(one)
+            failures = 0
+
+            def failing(original: Any, *, before: bool) -> Any:
+                async def fail(*arguments: Any, **options: Any) -> Any:
+                    nonlocal failures
+                    failures += 1
+                    if not before:
+                        await original(*arguments, **options)
+                    raise (OpenFailed if before else Unavailable)("lost")
+
+                return fail
+
+            client.worker = two
+            with monkeypatch.context() as patch:
+                if lost == "the answer":
+                    directory = two.member.directory
+                    patch.setattr(directory, "take_over", failing(directory.take_over, before=False))
+                else:
+                    patch.setattr(two.sessions, "_open", failing(None, before=True))
+                assert (await client.send("POST", "tools/call", {"name": "count"}))[0] in (502, 503)
+                assert failures == 1
+            client.worker = three
+            while (answer := await client.send("POST", "tools/call", {"name": "count"}))[0] == 503:
+                assert answer[1]["error"]["data"] == {"outcome": "not_run"}
+            assert answer[1]["result"] == {"count": 2}
 
     async def test_one_that_cannot_go_stays(self, redis_url: str, stub: Upstream) -> None:
         async with worker(redis_url, servers(stub) | PINNED) as one:

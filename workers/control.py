@@ -36,7 +36,7 @@ class Status:
     pinned: int
     """Of them, those that cannot move: a process of this worker's, or a stream to it."""
     in_flight: int
-    """Calls and streams on them."""
+    """Calls and streams: of its own clients, wherever their sessions are, and of other workers'."""
 
 
 Operation = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
@@ -53,8 +53,10 @@ class Control:
         placement: Placement,
         upstreams: Mapping[str, Upstream],
         drain: Callable[[], Awaitable[None]],
+        in_flight: Callable[[], int],
     ) -> None:
-        """`drain` returns when what can move was handed off."""
+        """`drain` returns when what can move was handed off; `in_flight` counts, without what asks for it here."""
+        self._in_flight = in_flight
         self._sessions = sessions
         self._affinity = affinity
         self._placement = placement
@@ -90,7 +92,7 @@ class Control:
             draining=self._sessions.draining,
             sessions=len(owned),
             pinned=sum(each.session.resume is None for each in owned),
-            in_flight=sum(each.session.in_flight for each in owned),
+            in_flight=self._in_flight(),
         )
 
     async def _status(self, _key: str, _body: Mapping[str, Any]) -> Any:

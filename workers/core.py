@@ -93,7 +93,7 @@ class WorkerCore:
         self.forwarder = Forwarder(self.member, self.sessions, self._serve_hop)
         self.placement = Placement(self.member, self.sessions, self.forwarder, role)
         self.affinity = Affinity(self.member, self.sessions, self.forwarder, self.placement, self.serving.serve)
-        self.control = Control(self.sessions, self.affinity, self.placement, upstreams, self.hand_off)
+        self.control = Control(self.sessions, self.affinity, self.placement, upstreams, self.hand_off, self.in_flight)
         self.is_draining = False
         self._health_due = asyncio.Event()
         self.pool.breakers.on_due = self._health_due.set
@@ -124,6 +124,10 @@ class WorkerCore:
             forwarder=replace(forwarder, nacked=dict(forwarder.nacked)),
             pool=self.pool.statistics(),
         )
+
+    def in_flight(self) -> int:
+        """Calls and streams that this worker has to do with, but for the control request that asks."""
+        return self.forwarder.serving - 1
 
     def background(self) -> list[Coroutine[Any, Any, None]]:
         """What else runs for as long as the worker lives; each may end by itself."""

@@ -11,7 +11,8 @@ import logging
 import random
 from typing import Any, Final
 
-from ..coordinator import Member, Registration, Unavailable
+from ..coordinator import Member, PeerInfo, Registration, Unavailable
+from ..coordinator.single_flight import SingleFlight
 from .control_client import ControlError, ask
 from .forwarder import Forwarder
 from .owned import Opens, Owned
@@ -23,6 +24,8 @@ PEERS_FOR_S: Final = 1.0
 """For how long a list of the other workers is used."""
 TRIES: Final = 3
 """Workers that are asked to take a session, one after the other."""
+HOLD_S: Final = 2.0
+"""How long callers wait at most for a session that is moved."""
 SLACK: Final = 1.1
 """A worker that has up to this many times its share keeps what it has."""
 IDLE_S: Final = 5.0
@@ -38,6 +41,11 @@ class Placement:
         self._sessions = sessions
         self._forwarder = forwarder
         self._role = role
+
+        async def listed(_: str) -> list[PeerInfo]:
+            return await member.peers()
+
+        self._listed = SingleFlight(listed)  # a scan of all keys
         self._peers: list[str] = []
         self._peers_at = float("-inf")
 
@@ -55,7 +63,11 @@ class Placement:
         async with self._sessions.leaving(owned) as left:
             if not left:
                 raise ControlError("the session is changing hands")
-            registration = await self._first(peers, "adopt", key)
+            try:
+                async with asyncio.timeout(HOLD_S):
+                    registration = await self._first(peers, "adopt", key)
+            except TimeoutError:
+                registration = None
         if registration is None:
             record = await self._member.directory.look_up(key)
             if record is None or not record.registration.owner:
@@ -123,7 +135,7 @@ class Placement:
     async def _others(self) -> list[str]:
         now = asyncio.get_running_loop().time()
         if now - self._peers_at > PEERS_FOR_S:
-            found = await self._member.peers()
+            found = await self._listed("")
             self._peers = [each.incarnation for each in found if each.info.get("role") == self._role]
             self._peers_at = now
         return [peer for peer in self._peers if peer != self._member.incarnation]

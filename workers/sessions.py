@@ -46,8 +46,11 @@ class Sessions:
         """Records that are to go: of sessions that have ended, and of claims whose answer was lost (epoch 0)."""
         self._leaving: dict[str, Owned] = {}
         """Given up here, and still to be handed off in the directory."""
+        self._returning: dict[str, Registration] = {}
+        """Adopted in the directory and not here (epoch 0: perhaps): to be handed off, for whoever is asked next."""
         self._held: set[str] = set()
         """Keys of sessions that are being moved: who asks for them waits."""
+        self._adopting: set[str] = set()
         self._claiming: set[str] = set()
         """Keys of shared sessions whose claim is under way: what is written under them is not to be released."""
         self.due = asyncio.Event()
@@ -163,6 +166,16 @@ class Sessions:
         self._unreleased[key] = Registration(self._member.incarnation, 0)
 
     async def adopt(self, record: SessionRecord) -> Owned | None:
+        """`_adopt`, once at a time for each session."""
+        self._adopting.add(record.key)
+        try:
+            return await self._adopt(record)
+        finally:
+            self._adopting.discard(record.key)
+            if record.key in self._returning:
+                self.due.set()
+
+    async def _adopt(self, record: SessionRecord) -> Owned | None:
         """Take over a session whose owner's lease has ended, and continue the same upstream session.
 
         None when somebody else was quicker. Raises `Unavailable`, and `SealError` for a record that cannot be
@@ -173,13 +186,17 @@ class Sessions:
             raise SealError("not adoptable")
         if self.draining:
             raise Unavailable("this worker takes no more sessions")
-        resume = open_resume(self._keyring, record.key, record.resume)
-        claimed = await self._member.directory.take_over(
-            record.key, record.registration, self._member.incarnation, self._ttl(upstream)
-        )
+        key, incarnation = record.key, self._member.incarnation
+        resume = open_resume(self._keyring, key, record.resume)
+        # Whatever becomes of this, a record in our name that is in nobody's books would turn every caller away.
+        self._returning[key] = Registration(incarnation, 0)
+        claimed = await self._member.directory.take_over(key, record.registration, incarnation, self._ttl(upstream))
         if not claimed.won or claimed.registration is None:
+            self._returning.pop(key, None)
             return None
-        owned = await self._open(record.key, upstream, record.principal, resume)
+        self._returning[key] = claimed.registration
+        owned = await self._open(key, upstream, record.principal, resume)
+        self._returning.pop(key, None)
         owned.created_ms = record.created_ms
         owned.adopted_at = asyncio.get_running_loop().time()
         self._note(owned, claimed.registration)
@@ -214,6 +231,8 @@ class Sessions:
         async with self._reconciling:
             count = await self._hand_over()
         logger.info("sessions_handed_off count=%d", count)
+        if self._leaving:
+            raise Unavailable("hand-off: Redis is out of reach")
 
     @asynccontextmanager
     async def leaving(self, owned: Owned) -> AsyncGenerator[bool, None]:
@@ -230,6 +249,8 @@ class Sessions:
             self._leave(owned)
             async with self._reconciling:
                 await self._hand_over()
+            if key in self._leaving:
+                raise Unavailable("hand-off: Redis is out of reach")
             yield True
         finally:
             self._held.discard(key)
@@ -245,18 +266,49 @@ class Sessions:
         """Hand off in the directory what has left; when draining, whatever can leave."""
         if self.draining:
             for owned in self.all():
-                if owned.registration is not None and owned.session.resume is not None:
+                if owned.registration is not None and owned.session.resume is not None and self._reaches(owned):
                     self._leave(owned)
-        count = len(self._leaving)
-        for batch in _batches(list(self._leaving.values())):
+        # What is out of reach would hold up the others.
+        leaving = [owned for owned in self._leaving.values() if self._reaches(owned)]
+        for batch in _batches(leaving):
             await self._refresh(batch)  # the last cookies go along
+            await self._write_again([owned for owned in batch if owned.node == 0])
             held = [(owned.session.key, owned.registration) for owned in batch if owned.registration is not None]
             await self._member.directory.hand_off(held)
             self.handed_off += len(batch)
             for owned in batch:
                 if self._leaving.get(owned.session.key) is owned:
                     del self._leaving[owned.session.key]
-        return count
+        await self._give_back()
+        return len(leaving)
+
+    def _reaches(self, owned: Owned) -> bool:
+        return self._member.record_node(owned.session.key) is not None
+
+    async def _write_again(self, lost: Sequence[Owned]) -> None:
+        """Write records that Redis has lost, of sessions that are leaving. Where there is another one by now, it
+        stands."""
+        if lost:
+            written = await self._member.directory.claim_all([(self._record(o), self._ttl_ms(o)) for o in lost])
+            for owned, result in zip(lost, written, strict=True):
+                if result.won:
+                    owned.registration = result.registration
+
+    async def _give_back(self) -> None:
+        """Hand off what was adopted in the directory and could not be opened here."""
+        for key, registration in list(self._returning.items()):
+            if key in self._owned or key in self._adopting:
+                continue
+            if registration.epoch == 0:
+                record = await self._member.directory.look_up(key)
+                ours = record is not None and record.registration.owner == registration.owner
+                found = record.registration if record is not None and ours else None
+            else:
+                found = registration
+            if found is not None:
+                await self._member.directory.hand_off([(key, found)])
+            if self._returning.get(key) is registration:
+                del self._returning[key]
 
     async def settle(self) -> None:
         """Release what has ended, before the worker stops."""
@@ -364,6 +416,10 @@ class Sessions:
 
     def _note(self, owned: Owned, registration: Registration) -> None:
         owned.registration = registration
+        key = owned.session.key
+        if self._owned.get(key) is not owned and key not in self._owned and key not in self._leaving:
+            self._unreleased[key] = registration  # it has ended meanwhile
+            self.due.set()
         owned.node = self._member.record_node(owned.session.key) or 0
         owned.sealed = owned.session.resume
         owned.refreshed_at = asyncio.get_running_loop().time()

@@ -36,7 +36,7 @@ class ToolHints:
         key = (upstream.name, principal)
         known = self._known.setdefault(key, set())
         self._known.move_to_end(key)
-        if "cursor" not in params:
+        if params.get("cursor") is None:
             known.clear()
         named = declared_safe(tools)
         if len(known) + len(named) <= MAX_TOOLS:

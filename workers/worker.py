@@ -92,6 +92,9 @@ class Worker(WorkerCore):
 
         return showing
 
+    def in_flight(self) -> int:
+        return super().in_flight() + self.gateway.waiting
+
     def background(self) -> list[Coroutine[Any, Any, None]]:
         work: list[Coroutine[Any, Any, None]] = [self.keeper.run(), self.identity.run()]
         if self.settings.rebalance:
