@@ -9,12 +9,14 @@
     crossed              an answer to another request, or of another principal or session
     wrong principal      a call ran in a session that another principal opened, or with another's credentials
     ended under it       the upstream was told to end a session whose client had not
+    lost                 a client was told that its own session is gone, which it had not ended itself
     opened twice         of a session that is shared, while the first one was there, and had been used
     no honest outcome    an answer that is none: a 5xx without outcome, an error the upstream never gave
     slow recovery        not everything served again in time after a fault
     over its limit       a figure that was measured
 
-`gone` (404) is an honest end: the client initializes again, so a home ends with it.
+`gone` (404) ends a home, for the client initializes again. Of a session that is shared it is an honest end: one that
+was not open for long when its owner died has no record that another could go on with.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from chaos.history import DRIVER, Call, Execution, History
+from chaos.history import DRIVER, SHARED, Call, Execution, History
 
 SLACK_S = 1.0
 """How long after its deadline a call may still get its outcome."""
@@ -84,6 +86,7 @@ def check(history: History, now: float) -> Report:
     found.extend(_strangers(history, ran))
     found.extend(_homes(history))
     found.extend(_endings(history))
+    found.extend(_losses(history))
     found.extend(_opened(history))
     found.extend(_figures(history))
     found.sort(key=lambda violation: violation.at)
@@ -184,6 +187,15 @@ def _endings(history: History) -> Iterator[Violation]:
         allowed = min(gone.get(call.home, ending.at + 1), history.closed.get(call.home, ending.at + 1))
         if allowed > ending.at:
             yield Violation("ended under it", f"session {ending.session} of {call.client}", ending.at)
+
+
+def _losses(history: History) -> Iterator[Violation]:
+    """A client's own session is there until the client ends it, whatever becomes of workers and Redis."""
+    for call in history.calls:
+        if call.outcome != "gone" or call.ended is None or call.home.startswith(SHARED):
+            continue
+        if history.closed.get(call.home, call.ended + 1) > call.ended:
+            yield Violation("lost", f"the session of {call.home}: {_named(call)}", call.ended)
 
 
 def _opened(history: History) -> Iterator[Violation]:

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import aiohttp
 import orjson
-from chaos.history import Call, History, Told
+from chaos.history import SHARED, Call, History, Told
 from leasehold.pool.sse import events
 
 VERSION: Final = "2025-11-25"
@@ -183,7 +183,7 @@ class Client:
 
     @property
     def home(self) -> str:
-        return f"shared of {self.principal}" if self.server == "shared" else f"{self.name}/{self.homes}"
+        return f"{SHARED}{self.principal}" if self.server == "shared" else f"{self.name}/{self.homes}"
 
     async def run(self) -> None:
         """Call until `stopping`."""

@@ -17,6 +17,9 @@ import orjson
 DRIVER = "driver"
 """The name of pauses of the driver itself: in them it sees no answer, whoever gives it."""
 
+SHARED = "shared of "
+"""How the name of a home begins whose session is not one client's own."""
+
 Outcome = Literal["ok", "error", "not_run", "gone", "unknown", "lost"]
 """`gone`: 404, not run, and the client has to initialize again. `lost`: the client's own connection died after the
 request was sent. `error`: anything that is neither an answer nor an honest outcome."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chaos.checker import check
 from chaos.clients import judge
-from chaos.history import DRIVER, Call, Ending, Execution, History, Measured, Opening, Recovery, Span, Told
+from chaos.history import DRIVER, SHARED, Call, Ending, Execution, History, Measured, Opening, Recovery, Span, Told
 
 PRINCIPAL = "Bearer one"
 SESSION = "upstream-1"
@@ -87,6 +87,7 @@ def test_a_sound_history_has_no_violation(story: Story) -> None:
     story.run(story.call(outcome="lost", ended=story.now + 4))
     peek = story.good(method="peek", counts=False, safe=True)
     story.run(peek)
+    story.history.closed["c/1"] = story.now
     story.call(outcome="gone")
     story.counter = 0
     story.good(home="c/2", told=Told("c-9", PRINCIPAL, "upstream-2", 1))
@@ -133,6 +134,7 @@ def test_the_time_that_its_own_worker_was_stopped_is_not_the_calls(story: Story)
 
 @pytest.mark.parametrize("outcome", ["not_run", "gone"])
 def test_a_call_that_ran_and_was_said_not_to_have(story: Story, outcome: str) -> None:
+    story.history.closed["c/1"] = story.now
     story.run(story.call(outcome=outcome))
     assert story.kinds() == ["not_run, but ran"]
 
@@ -171,9 +173,21 @@ def test_a_session_that_was_replaced_without_a_word(story: Story) -> None:
 
 def test_who_was_told_that_it_is_gone_begins_anew(story: Story) -> None:
     """On a session that is shared the home is the same before and after."""
+    home = f"{SHARED}{PRINCIPAL}"
+    story.good(home=home)
+    story.call(home=home, outcome="gone")
+    story.run(story.call(home=home, told=Told("c-2", PRINCIPAL, "upstream-2", 1)), session="upstream-2")
+    assert story.kinds() == []
+
+
+def test_a_client_s_own_session_that_was_lost(story: Story) -> None:
+    """Who has ended it himself may be told that it is gone."""
     story.good()
-    story.call(outcome="gone")
-    story.run(story.call(told=Told("c-2", PRINCIPAL, "upstream-2", 1)), session="upstream-2")
+    gone = story.call(outcome="gone")
+    assert story.kinds() == ["lost"]
+    story.history.closed["c/1"] = gone.sent + 0.2
+    assert story.kinds() == ["lost"], "he ended it later"
+    story.history.closed["c/1"] = gone.sent
     assert story.kinds() == []
 
 
@@ -212,8 +226,8 @@ def test_a_session_that_nobody_was_told_of_may_be_ended(story: Story) -> None:
 
 
 def test_a_shared_session_that_was_opened_twice(story: Story) -> None:
-    story.history.openings.append(Opening("a", PRINCIPAL, "shared of one", 100.0))
-    story.history.openings.append(Opening("b", PRINCIPAL, "shared of one", 101.0))
+    story.history.openings.append(Opening("a", PRINCIPAL, f"{SHARED}one", 100.0))
+    story.history.openings.append(Opening("b", PRINCIPAL, f"{SHARED}one", 101.0))
     assert story.kinds() == [], "neither was used"
     for session in ("a", "b"):
         story.run(story.call(outcome="unknown"), session=session)

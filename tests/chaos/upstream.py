@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 
 import orjson
 from aiohttp import web
-from chaos.history import Ending, Execution, History, Opening
+from chaos.history import SHARED, Ending, Execution, History, Opening
 
 VERSION: Final = "2025-11-25"
 PIECE: Final = b"x" * 65536
@@ -102,7 +102,7 @@ class Upstream:
     async def _open(self, server: str, principal: str, message: dict[str, Any]) -> web.Response:
         session = Session(os.urandom(8).hex(), principal)
         self.sessions[session.id] = session
-        home = f"shared of {principal}" if server == "shared" else ""
+        home = f"{SHARED}{principal}" if server == "shared" else ""
         self.history.openings.append(Opening(session.id, principal, home, monotonic()))
         await self._answering()
         result = {
